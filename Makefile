@@ -1,0 +1,55 @@
+PYTHON ?= python3
+VENV ?= .venv
+# The torch that `make lowest` tests with. The lower bound itself: make lowest TORCH=2.6.0
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+# More options for pytest: make test ARGS="-k probes"
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
+LOWEST_STAMP := $(LOWEST)/.installed-$(TORCH)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PYTEST := -m pytest -n 2 --dist worksteal
+
+.PHONY: setup demo test lint format lowest clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,test,dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/spin-hf demo
+
+# One thread per test process: two processes with a thread pool each take turns on the same cores.
+test lowest: export OMP_NUM_THREADS ?= 1
+
+test: setup
+	$(BIN)/python $(PYTEST) $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Old releases warn of their own age, so deprecations are no errors here.
+lowest: $(LOWEST_STAMP)
+	$(LOWEST)/bin/python $(PYTEST) -W ignore::DeprecationWarning -W ignore::FutureWarning $(ARGS)
+
+$(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt "torch==$(TORCH)" -e ".[demo,test]"
+	@touch $@
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path "./.venv*" -prune -exec rm -rf {} +
