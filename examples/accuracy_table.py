@@ -1,0 +1,210 @@
+"""Accuracy of five ways to classify with a frozen model, on public data sets: the table in this folder's README.
+
+Every choice (C of the baselines, everything in SPIN) is made on validation; test is scored once per row and method.
+Results are appended to a JSON-lines file and skipped when already there, so a stopped run goes on.
+
+    python examples/accuracy_table.py --data DATA --model minilm --sets sst2 trec edos imdb
+    python examples/accuracy_table.py --data DATA --model PATH/TO/SmolLM2-135M --sets sst2 trec
+    python examples/accuracy_table.py --show
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, f1_score
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import AutoModel, AutoTokenizer
+
+from spin_hf import SpinForSequenceClassification, spin_calibrate
+from spin_hf.demo import backbone_folder
+from spin_hf.prediction import predict
+
+METHODS = ("tfidf", "last layer", "best probe", "spin paper", "spin")
+SETS = {"sst2": "accuracy", "trec": "accuracy", "edos": "macro_f1", "imdb": "accuracy"}
+IMDB_ROWS = 5000
+SEED = 0
+CS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+def read_split(folder: Path, name: str, split: str) -> list[dict[str, Any]]:
+    path = folder / name / f"{split}.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [{"text": row["text"], "label": row["label"]} for row in rows]
+
+
+def load(folder: Path, name: str) -> tuple[list[dict], list[dict], list[dict]]:
+    """Train, validation and test; IMDb is cut to 5000 + 5000, and a fifth of train validates where there is no split."""
+    train, test = read_split(folder, name, "train"), read_split(folder, name, "test")
+    if name == "imdb":
+        draw = np.random.default_rng(SEED)
+        train = [train[i] for i in draw.permutation(len(train))[:IMDB_ROWS]]
+        test = [test[i] for i in draw.permutation(len(test))[:IMDB_ROWS]]
+    if (folder / name / "validation.jsonl.gz").exists():
+        return train, read_split(folder, name, "validation"), test
+    labels = [row["label"] for row in train]
+    train, validation = train_test_split(train, test_size=0.2, random_state=SEED, stratify=labels)
+    return train, validation, test
+
+
+def score(metric: str, labels: Any, predictions: Any) -> float:
+    if metric == "macro_f1":
+        return float(f1_score(labels, predictions, average="macro"))
+    return float(accuracy_score(labels, predictions))
+
+
+def best_on_validation(
+    make: Callable[[float], Any], metric: str, x: list[Any], y: list[list[Any]]
+) -> tuple[float, float, str]:
+    """Fit for every C on train, choose on validation, report test."""
+    fitted = [(C, make(C).fit(x[0], y[0])) for C in CS]
+    C, model = max(fitted, key=lambda pair: score(metric, y[1], pair[1].predict(x[1])))
+    return score(metric, y[1], model.predict(x[1])), score(metric, y[2], model.predict(x[2])), f"C={C:g}"
+
+
+def tfidf(texts: list[list[str]], y: list[list[Any]], metric: str) -> tuple[float, float, str]:
+    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2).fit(texts[0])
+    x = [vectors.transform(part) for part in texts]
+    return best_on_validation(lambda C: LogisticRegression(C=C, max_iter=2000), metric, x, y)
+
+
+@torch.no_grad()
+def last_layer(path: str, texts: list[list[str]], y: list[list[Any]], metric: str, device: str) -> Any:
+    """Mean of ``last_hidden_state`` over the tokens, standardised, logistic regression: no code of spin_hf."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModel.from_pretrained(path).eval().to(device)
+    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    x = []
+    for part in texts:
+        rows: list[Any] = [None] * len(part)
+        order = sorted(range(len(part)), key=lambda i: -len(part[i]))
+        for start in range(0, len(order), 32):
+            index = order[start : start + 32]
+            batch = tokenizer(
+                [part[i] for i in index], padding=True, truncation=True, max_length=limit, padding_side="right",
+                return_tensors="pt",
+            ).to(device)
+            mask = batch["attention_mask"][..., None].float()
+            mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+            for i, row in zip(index, mean.cpu().numpy(), strict=True):
+                rows[i] = row
+        x.append(np.stack(rows))
+    return best_on_validation(
+        lambda C: make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000)), metric, x, y
+    )
+
+
+def spin(path: str, data: Any, metric: str, device: str, cache: Path, **options: Any) -> tuple[float, float, str]:
+    train, validation, test = data
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = SpinForSequenceClassification.from_backbone(path).to(device)
+    result = spin_calibrate(
+        model, tokenizer, train, validation, metric=metric, cache_dir=cache, progress=sys.stderr.isatty(), **options
+    )
+    sys.stderr.write(f"{result}\n")
+    prediction = predict(model, tokenizer, [row["text"] for row in test])
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    if isinstance(test[0]["label"], str):
+        labels: Any = [names.index(row["label"]) for row in test]
+    else:
+        labels = [row["label"] for row in test]
+    chosen = result.chosen
+    detail = f"{chosen.name}; {chosen.num_features} features; {_seconds(result.seconds)}"
+    return chosen.score, score(metric, labels, prediction.labels), detail
+
+
+def _seconds(stages: Any) -> str:
+    return ", ".join(f"{name} {value:.0f} s" for name, value in stages.items())
+
+
+def run(arguments: argparse.Namespace) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = str(backbone_folder()) if arguments.model == "minilm" else arguments.model
+    name = "MiniLM" if arguments.model == "minilm" else Path(path).name
+    done = {(row["model"], row["set"], row["method"]) for row in read_results(arguments.results)}
+    for dataset in arguments.sets:
+        metric = SETS[dataset]
+        data = load(arguments.data, dataset)
+        texts = [[row["text"] for row in part] for part in data]
+        y = [[row["label"] for row in part] for part in data]
+        with tempfile.TemporaryDirectory() as scratch:
+            cache = arguments.cache or Path(scratch)
+            methods: dict[str, Callable[[], tuple[float, float, str]]] = {
+                "tfidf": lambda: tfidf(texts, y, metric),
+                "last layer": lambda: last_layer(path, texts, y, metric, device),
+                "spin": lambda: spin(path, data, metric, device, cache),
+                "best probe": lambda: spin(path, data, metric, device, cache, etas=[]),
+                "spin paper": lambda: spin(
+                    path, data, metric, device, cache, preset="paper", poolings=arguments.paper_poolings
+                ),
+            }
+            for method in arguments.methods or methods:
+                if (name, dataset, method) in done:
+                    continue
+                start = time.perf_counter()
+                validation, test, detail = methods[method]()
+                row = {
+                    "model": name,
+                    "set": dataset,
+                    "method": method,
+                    "metric": metric,
+                    "rows": [len(part) for part in data],
+                    "validation": round(100 * validation, 2),
+                    "test": round(100 * test, 2),
+                    "seconds": round(time.perf_counter() - start, 1),
+                    "detail": detail,
+                }
+                with arguments.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                sys.stderr.write(f"{row}\n")
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def show(path: Path) -> str:
+    """The results as a Markdown table of test scores, validation in brackets."""
+    rows = read_results(path)
+    cells = {(row["model"], row["set"], row["method"]): f"{row['test']:.1f} ({row['validation']:.1f})" for row in rows}
+    lines = ["| | " + " | ".join(METHODS) + " |", "|" + " --- |" * (len(METHODS) + 1)]
+    for model, dataset in dict.fromkeys((row["model"], row["set"]) for row in rows):
+        values = [cells.get((model, dataset, method), "") for method in METHODS]
+        lines.append(f"| {model}, {dataset} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with sst2, trec, edos and imdb")
+    parser.add_argument("--model", default="minilm", help="minilm, or the folder of a model")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
+    parser.add_argument("--paper-poolings", nargs="+", default=None, help="all four by default")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "accuracy_table.jsonl")
+    parser.add_argument("--cache", type=Path, help="keep extracted features here")
+    parser.add_argument("--show", action="store_true", help="print the table of the results so far")
+    chosen = parser.parse_args()
+    if chosen.show:
+        sys.stdout.write(show(chosen.results) + "\n")
+    elif chosen.data is None:
+        parser.error("--data is needed: the folder with the data sets")
+    else:
+        run(chosen)

@@ -1,0 +1,467 @@
+"""``spin_calibrate``: extract, probe, select, fit the head."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
+from transformers import PreTrainedTokenizerBase
+
+from ..modeling_spin import FeatureGroup, SpinForSequenceClassification
+from ..taps import Tap, model_device, tap_width
+from .data import Rows, encode_labels, label_names, read_rows
+from .errors import CalibrationError, MissingLabelsError, OutputFolderError
+from .extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
+from .heads import HeadFitter
+from .probes import Labelled, Probe, fit_probe
+from .recipe import Preset, Recipe
+from .result import CalibrationResult
+from .selection import Candidate, probe_candidate, smallest_within_error
+from .store import FeatureStore, required_bytes
+from .task import Metric, Task
+
+_HELD_OUT = 0.2
+
+
+def spin_calibrate(
+    model: SpinForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Any,
+    eval: Any = None,
+    *,
+    text_column: str | Sequence[str] | None = None,
+    label_column: str | None = None,
+    cv: int | None = None,
+    metric: str | Metric | None = None,
+    class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
+    sample_weight: Sequence[float] | None = None,
+    multiclass: Literal["multinomial", "ovr"] = "multinomial",
+    preset: Preset = "default",
+    prefer: Literal["score", "compact"] = "score",
+    kinds: Sequence[str] | None = None,
+    poolings: Sequence[str] | None = None,
+    Cs: int | Sequence[float] | None = None,
+    etas: Sequence[float] | None = None,
+    depths: Sequence[int] | None = None,
+    max_features: int | None = None,
+    max_depth: int | None = None,
+    max_length: int | None = None,
+    batch_tokens: int = 4096,
+    tol: float = 1e-4,
+    cache_dir: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> CalibrationResult:
+    """Make a classifier of a wrapped backbone. **Changes the model in place**: features, head, labels and depth.
+
+    Every tap of the backbone is read once per text and pooled; each (tap, pooling) gets a path of sparse probes; the
+    neurons that carry the label are selected; a linear head is fitted on each candidate set; the best by ``metric`` on
+    the evaluation rows is written into the model, and the blocks above it are removed. No weight of the backbone changes.
+
+    Args:
+        model: from ``SpinForSequenceClassification.from_backbone``.
+        tokenizer: the backbone's, with a pad token.
+        train: ``datasets.Dataset``, pandas frame, dict of columns, list of dicts, or a pair (texts, labels).
+        eval: likewise; decides every choice. Without it, ``cv`` folds of ``train`` do, or a fifth of it held out.
+        text_column: column of the texts, or two columns for sentence pairs; found by common names otherwise.
+        label_column: column of the labels; found by common names otherwise.
+        cv: number of folds for cross-validation, without ``eval``; the final probes and head use all rows.
+        metric: ``accuracy`` (default), ``macro_f1``, ``micro_f1`` (default for multi-label), ``matthews``, ``r2`` (default
+            for regression), or a function of (labels, predictions).
+        class_weight: ``"balanced"`` or a dict of label to weight. For multi-label the weight of a label's presence.
+        sample_weight: one positive weight per row of ``train``.
+        multiclass: ``"multinomial"`` or ``"ovr"`` (one-vs-rest), for more than two classes.
+        preset: ``"default"``, or ``"paper"``: the rules of SPIN (Jiao et al. 2024, Tables 7 and 8) solved to convergence:
+            one kind, one pooling and one C for all layers, its grids of C and eta, raw features, an L1 head, full depth.
+            Candidates above ``max_features`` are left out, as in the default. Where the authors' code differs from the text:
+            salience is the squared weight (code; the text has the normalised absolute weight), the head carries the same
+            L1 penalty (code; the text's equation has none), with the C of the probes, every layer uses the probe of the C in question (text; the
+            code keeps whichever finished last), and solutions are converged (text; the code stops SAGA early).
+        prefer: ``"score"``, or ``"compact"``: the smallest candidate within one paired standard error of the best.
+        kinds: of ``hidden`` and ``ffn``; both by default.
+        poolings: of ``mean``, ``max``, ``first``, ``last``; mean and max by default.
+        Cs: grid of C for the probes, or how many values to try, each twice the last, starting from each probe's own
+            smallest useful value (default 10; a path ends when two in a row bring nothing).
+        etas: shares of salience to try; none at all (``[]``) leaves the single probes.
+        depths: numbers of blocks to try; by default two, three, four and five fifths of them.
+        max_features: most features a candidate may have (default 3072).
+        max_depth: most blocks the classifier may run.
+        max_length: tokens per text; by default what tokenizer and backbone allow.
+        batch_tokens: padded tokens per batch of the extraction.
+        tol: relative duality gap of every probe and of the final head.
+        cache_dir: keep the features here, so that a run that was stopped, or one with other settings on the same texts,
+            does not extract again.
+        seed: of the split, folds and bootstrap.
+        progress: show bars, estimates and the disk needed, on standard error.
+
+    Returns:
+        The record of what was tried and kept.
+
+    Raises:
+        CalibrationError: one of its kinds, before long work, for data, labels, tokenizer or options that don't fit.
+    """
+    started = time.perf_counter()
+    clock = _Clock()
+    recipe = Recipe.make(
+        preset,
+        kinds=kinds,
+        poolings=poolings,
+        Cs=Cs,
+        etas=etas,
+        depths=depths,
+        max_features=max_features,
+        max_depth=max_depth,
+    )
+    if prefer not in ("score", "compact"):
+        raise CalibrationError(f"prefer must be 'score' or 'compact'; got {prefer!r}.")
+    if model.calibrated:
+        raise CalibrationError(
+            "This model is calibrated already, and blocks above its depth are gone. Start from the backbone again: "
+            f"SpinForSequenceClassification.from_backbone({model.config.backbone_id!r}, ...)."
+        )
+    check_tokenizer(tokenizer, model)
+    blocks = model.spin.depth
+    tried_depths = recipe.depths_of(blocks) if preset == "default" or depths or max_depth else [blocks]
+    rows, names, labels, folds, refit = _prepare(
+        model, train, eval, cv, seed, text_column=text_column, label_column=label_column
+    )
+    problem_type = model.config.problem_type
+    task = Task.make(problem_type, names, metric, multiclass)
+    weights = _weights(sample_weight, len(refit), len(rows))
+    class_weights = task.class_weights(labels[refit], class_weight)
+    data = Labelled(
+        task, labels, task.targets(labels), task.row_weights(labels, class_weights, weights), folds, refit
+    )
+    taps = [tap for tap in model.spin.taps if tap.block <= tried_depths[-1] and _wanted(tap, recipe)]
+    if not taps:
+        raise CalibrationError(
+            f"No tap of kind {', '.join(recipe.kinds)} was found in {type(model.spin.backbone).__name__}. "
+            'Use kinds=["hidden"], or name the down projection with ffn="..." in from_backbone.'
+        )
+    with _progress(progress) as show:
+        with clock("tokenize"):
+            limit = max_length or window(tokenizer, model)
+            encoded = encode(tokenizer, rows.texts, rows.pairs, limit)
+            batches = plan_batches(encoded.lengths, batch_tokens)
+        widths = {tap: tap_width(model.spin.backbone, model.spin.layout, tap) for tap in taps}
+        show.say(
+            f"{len(rows):,} texts, {sum(encoded.lengths):,} tokens, {len(taps)} taps x {len(recipe.poolings)} poolings: "
+            f"{required_bytes(widths, recipe.poolings, len(rows)) / 1e6:,.0f} MB of disk, "
+            f"{12 * len(rows) * max(widths.values()) / 1e6:,.0f} MB of memory for a probe."
+        )
+        key = ""
+        if cache_dir is not None:
+            key = fingerprint(model.spin, encoded, taps, recipe.poolings, batch_tokens)
+        with FeatureStore(
+            cache_dir, fingerprint=key, widths=widths, poolings=recipe.poolings, rows=len(rows)
+        ) as store:
+            with clock("extract"), show.bar("Reading the backbone", sum(encoded.lengths)) as advance:
+                extract(model.spin, encoded, store, batches, int(tokenizer.pad_token_id), advance)
+            device = _solver_device(model)
+            with clock("probe"), show.bar("Probing", len(taps) * len(recipe.poolings)) as advance:
+                probes = _probe_all(store, data, recipe, device, tol, advance)
+            fitter = HeadFitter(store, data, device, penalty=recipe.head)
+            with clock("heads"):
+                tried = _try_heads(fitter, probes, recipe, tried_depths, show)
+                best = min(tried, key=lambda pair: pair[0].rank)
+                chosen = best
+                if prefer == "compact":
+                    compact = smallest_within_error([c for c, _ in tried], task.metric, labels[data.eval_rows], seed=seed)
+                    chosen = next(pair for pair in tried if pair[0] is compact)
+                groups, mean, scale, weight, intercept, head_gap = _finish(fitter, *chosen, tol)
+            baselines = _baselines(fitter, taps, recipe, blocks, probes)
+    weight, intercept = task.as_logits(weight, intercept)
+    model.spin.set_features(groups, mean, scale, depth=chosen[0].depth)
+    model.set_head(weight, intercept)
+    _write_config(model, task, class_weights, limit, tokenizer)
+    everything = [probe for ranked in probes for probe in ranked]
+    return CalibrationResult(
+        chosen=chosen[0],
+        best=best[0],
+        candidates=tuple(sorted((c for c, _ in tried), key=lambda c: c.rank)),
+        baselines=baselines,
+        metric=task.metric_name,
+        kept=tuple(model.config.features),
+        data={
+            "train_rows": len(refit),
+            "eval_rows": len(data.eval_rows),
+            "evaluated": "validation" if eval is not None else f"{cv}-fold cross-validation" if cv else "held out",
+            "labels": list(names),
+            "truncated": encoded.truncated,
+            "max_length": limit,
+            "tokens": sum(encoded.lengths),
+        },
+        seconds={**clock.seconds, "total": time.perf_counter() - started},
+        bytes={"features": store.bytes, "model": sum(p.numel() * p.element_size() for p in model.parameters())},
+        convergence={
+            "worst_gap": max(probe.worst_gap for probe in everything),
+            "unconverged": sum(probe.unconverged for probe in everything),
+            "head_gap": head_gap,
+            "tol": tol,
+        },
+        probes=tuple(
+            {
+                "tap": str(ranked[0].tap),
+                "pooling": ranked[0].pooling,
+                "C": ranked[0].C,
+                "score": ranked[0].score,
+                "num_features": ranked[0].num_features,
+                "scores_by_C": [list(pair) for pair in ranked[0].scores_by_C],
+            }
+            for ranked in probes
+        ),
+        settings={
+            **asdict(recipe),
+            "preset": preset,
+            "prefer": prefer,
+            "cv": cv,
+            "class_weight": class_weights,
+            "multiclass": multiclass,
+            "batch_tokens": batch_tokens,
+            "seed": seed,
+            "tried_depths": tried_depths,
+        },
+    )
+
+
+Fitted = tuple[Candidate, list[Probe]]
+
+
+def _prepare(
+    model: SpinForSequenceClassification, train: Any, eval: Any, cv: int | None, seed: int, **columns: Any
+) -> tuple[Rows, tuple[str, ...], np.ndarray, tuple[tuple[np.ndarray, np.ndarray], ...], np.ndarray]:
+    """All rows, label names, labels, folds, and the rows of the final fit."""
+    problem_type = model.config.problem_type
+    rows = read_rows(train, "train", **columns)
+    names = label_names(rows, [model.config.id2label[i] for i in range(model.config.num_labels)], problem_type)
+    labels = encode_labels(rows, names, problem_type, "train")
+    count = len(rows)
+    single = problem_type == "single_label_classification"
+    if eval is not None:
+        if cv is not None:
+            raise CalibrationError("Give eval or cv, not both.")
+        held_out = read_rows(eval, "eval", **columns)
+        if (held_out.pairs is None) != (rows.pairs is None):
+            raise CalibrationError("train and eval must both have sentence pairs, or neither.")
+        more = encode_labels(held_out, names, problem_type, "eval")
+        rows = Rows(
+            rows.texts + held_out.texts,
+            None if rows.pairs is None else rows.pairs + (held_out.pairs or []),
+            rows.labels + held_out.labels,
+            rows.names,
+        )
+        labels = np.concatenate([labels, more])
+        first = np.arange(count)
+        return rows, names, labels, ((first, np.arange(count, len(labels))),), first
+    smallest = min(np.bincount(labels)[np.unique(labels)]) if single else count
+    if cv is not None:
+        if not 2 <= cv <= smallest:
+            raise MissingLabelsError(f"cv={cv} needs at least {cv} rows of each class; the rarest has {smallest}.")
+        splitter: Any = (StratifiedKFold if single else KFold)(cv, shuffle=True, random_state=seed)
+        parts = splitter.split(np.zeros(count), labels if single else None)
+        return rows, names, labels, tuple((np.sort(a), np.sort(b)) for a, b in parts), np.arange(count)
+    if smallest < 2:
+        raise MissingLabelsError(
+            "A class has a single row, so nothing of it can be held out to choose by. Add rows, or give eval."
+        )
+    needed = max(_HELD_OUT, (len(np.unique(labels)) if single else 1) / count)
+    kept, held = train_test_split(
+        np.arange(count), test_size=needed, random_state=seed, stratify=labels if single else None
+    )
+    kept, held = np.sort(kept), np.sort(held)
+    return rows, names, labels, ((kept, held),), kept
+
+
+def _weights(sample_weight: Sequence[float] | None, trained: int, total: int) -> np.ndarray | None:
+    if sample_weight is None:
+        return None
+    given = np.asarray(sample_weight, dtype=np.float64)
+    if given.ndim != 1 or not np.isfinite(given).all() or (given <= 0).any():
+        raise CalibrationError("sample_weight must be a list of positive numbers.")
+    if len(given) > total or len(given) < trained:
+        raise CalibrationError(f"sample_weight has {len(given)} values for the rows of train.")
+    return np.concatenate([given, np.ones(total - len(given))])
+
+
+def _wanted(tap: Tap, recipe: Recipe) -> bool:
+    return ("ffn" if tap.kind == "ffn" else "hidden") in recipe.kinds
+
+
+def _solver_device(model: SpinForSequenceClassification) -> torch.device:
+    """The backbone's device, or the CPU where that has no float64."""
+    device = model_device(model)
+    return device if device.type in ("cpu", "cuda", "xpu") else torch.device("cpu")
+
+
+def _probe_all(
+    store: FeatureStore,
+    data: Labelled,
+    recipe: Recipe,
+    device: torch.device,
+    tol: float,
+    advance: Callable[[int], None],
+) -> list[list[Probe]]:
+    """For each (tap, pooling) its probes, best first: one, or one per C where all taps must share it."""
+    found = []
+    for tap in store.widths:
+        for pooling in store.poolings:
+            features = torch.from_numpy(store.read(tap, pooling)).to(device)
+            ranked = fit_probe(
+                features, tap, pooling, data, Cs=recipe.Cs, raw=recipe.raw, stop_early=not recipe.shared_C, tol=tol
+            )
+            if ranked and ranked[0].num_features:
+                found.append(ranked if recipe.shared_C else ranked[:1])
+            advance(1)
+    if not found:
+        raise CalibrationError("No neuron of any tap carries the label: every probe is empty.")
+    return found
+
+
+def _try_heads(
+    fitter: HeadFitter, probes: list[list[Probe]], recipe: Recipe, depths: list[int], show: _Show
+) -> list[Fitted]:
+    """Every candidate with the probes it was selected by: heads on combined taps, and single probes."""
+    grids = [[ranked[0] for ranked in probes]]
+    if recipe.shared_C:
+        values = sorted({probe.C for ranked in probes for probe in ranked})
+        grids = [[probe for ranked in probes for probe in ranked if probe.C == C] for C in values]
+    kinds, poolings = len(recipe.kinds), len(recipe.poolings)
+    sets = (kinds + (recipe.combine and kinds > 1)) * (poolings + (recipe.combine and poolings > 1))
+    tried: list[Fitted] = []
+    with show.bar("Fitting heads", len(grids) * sets * len(depths)) as advance:
+        for grid in grids if recipe.etas else []:
+            found = fitter.fit_all(
+                grid,
+                etas=recipe.etas,
+                depths=depths,
+                max_features=recipe.max_features,
+                combine=recipe.combine,
+                advance=lambda: advance(1),
+            )
+            tried += [(candidate, grid) for candidate in found]
+    singles = [probe_candidate(probe) for probe in grids[0]] if not recipe.shared_C else []
+    fitting = [c for c in singles if 0 < c.num_features <= recipe.max_features and c.depth <= depths[-1]]
+    tried += [(candidate, grids[0]) for candidate in fitting]
+    if not tried:
+        raise CalibrationError(
+            f"No candidate has at most {recipe.max_features} features. Raise max_features, or try smaller etas."
+        )
+    return tried
+
+
+def _finish(
+    fitter: HeadFitter, candidate: Candidate, probes: list[Probe], tol: float
+) -> tuple[list[FeatureGroup], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Groups, mean, scale, weight, intercept and gap of the chosen candidate on the final training rows."""
+    if candidate.probe is None:
+        columns, point = fitter.fit_final(probes, candidate, tol)
+        return columns.groups(), columns.mean, columns.scale, point.weight, point.intercept, point.gap
+    probe = next(p for p in probes if str(p.tap) == candidate.probe and p.pooling == candidate.pooling)
+    fit = probe.fits[-1]
+    kept = fit.salience.nonzero()[:, 0]
+    group = FeatureGroup(probe.tap, probe.pooling, kept.cpu())
+    return [group], fit.mean[kept], fit.scale[kept], fit.weight[:, kept], fit.intercept, probe.worst_gap
+
+
+def _baselines(
+    fitter: HeadFitter, taps: Sequence[Tap], recipe: Recipe, blocks: int, probes: list[list[Probe]]
+) -> dict[str, float]:
+    found = {}
+    last = [tap for tap in taps if tap.kind in ("norm", "hidden") and tap.block == blocks]
+    if last:
+        pooling = "mean" if "mean" in recipe.poolings else recipe.poolings[0]
+        found[f"last layer ({pooling})"] = fitter.fit_tap(last[-1], pooling)[0]
+    found["best probe"] = max(ranked[0].score for ranked in probes)
+    return found
+
+
+def _write_config(
+    model: SpinForSequenceClassification,
+    task: Task,
+    class_weights: list[float] | None,
+    max_length: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    model.config.id2label = dict(enumerate(task.names))
+    model.config.label2id = {name: index for index, name in enumerate(task.names)}
+    model.config.class_weights = class_weights
+    model.config.max_text_tokens = max_length
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.architectures = [type(model).__name__]
+    model.num_labels = len(task.names)
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
+
+
+class _Show:
+    """Bars with estimates and a line of text, or silence."""
+
+    def __init__(self, bars: Progress | None) -> None:
+        self._bars = bars
+
+    def say(self, text: str) -> None:
+        if self._bars is not None:
+            self._bars.console.print(text, highlight=False)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        if self._bars is None:
+            yield lambda amount: None
+            return
+        bars, task = self._bars, self._bars.add_task(title, total=total)
+        yield lambda amount: bars.advance(task, amount)
+        bars.update(task, completed=total)
+
+
+@contextmanager
+def _progress(wanted: bool) -> Iterator[_Show]:
+    if not wanted:
+        yield _Show(None)
+        return
+    columns = (
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        yield _Show(bars)
+
+
+def demand_writable(folder: str | Path) -> Path:
+    """Make a folder and prove that it can be written to, before long work that ends there.
+
+    Raises:
+        OutputFolderError: if not.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputFolderError(f"{folder} can't be written to: {error}. Choose another output folder.") from error
+    return folder

@@ -1,0 +1,52 @@
+"""Errors of calibration, one type for each thing a caller can put right. All raised before long work starts, but for
+:class:`NonFiniteFeaturesError`, which can only be seen in passing."""
+
+from __future__ import annotations
+
+
+class CalibrationError(ValueError):
+    """Base of them all."""
+
+
+class ColumnError(CalibrationError):
+    """Text or label columns are missing or ambiguous."""
+
+
+class EmptyDatasetError(CalibrationError):
+    """No rows."""
+
+
+class EmptyTextError(CalibrationError):
+    """Nothing but empty texts, or texts that are not strings."""
+
+
+class MissingLabelsError(CalibrationError):
+    """Rows without a label, or a class without rows where rows are needed."""
+
+
+class OneClassError(CalibrationError):
+    """All training rows carry the same label."""
+
+
+class LabelTypeError(CalibrationError):
+    """Labels that do not fit the problem type."""
+
+
+class UnknownLabelError(CalibrationError):
+    """Labels that the model does not have."""
+
+
+class PadTokenError(CalibrationError):
+    """The tokenizer has no pad token, so a batch could not be served later."""
+
+
+class TokenizerMismatchError(CalibrationError):
+    """The tokenizer produces ids beyond the backbone's embedding."""
+
+
+class NonFiniteFeaturesError(CalibrationError):
+    """A tap produced NaN or infinity."""
+
+
+class OutputFolderError(CalibrationError):
+    """A folder that can't be written to, or has too little room."""

@@ -1,0 +1,192 @@
+"""Texts through the backbone once, every tap pooled inside its hook, into the store."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..modeling_spin import SpinForSequenceClassification, SpinModel
+from ..pooling import pool
+from ..taps import Tap, attach, model_device, record
+from .errors import EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
+from .store import FeatureStore
+
+_COMMIT_SECONDS = 30.0
+_NO_LIMIT = 10**6  # tokenizers without a limit report an absurdly large one
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of every text, and how many texts were cut to ``max_length``."""
+
+    input_ids: list[list[int]]
+    token_type_ids: list[list[int]] | None
+    max_length: int | None
+    truncated: int
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.input_ids]
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: SpinForSequenceClassification) -> None:
+    """Raise before any work if the tokenizer can't serve this model.
+
+    Raises:
+        PadTokenError: without a pad token.
+        TokenizerMismatchError: if it has more tokens than the backbone has embeddings.
+    """
+    if tokenizer.pad_token_id is None:
+        raise PadTokenError(
+            "The tokenizer has no pad token, so texts of different lengths could not be batched. "
+            "Padding is masked out, so any token will do: tokenizer.pad_token = tokenizer.eos_token"
+        )
+    rows = _embedding_rows(model.spin)
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if rows is not None and highest >= rows:
+        raise TokenizerMismatchError(
+            f"The tokenizer's ids go up to {highest}, but the backbone embeds only {rows} tokens. "
+            "Load tokenizer and backbone from the same place."
+        )
+
+
+def window(tokenizer: PreTrainedTokenizerBase, model: SpinForSequenceClassification) -> int | None:
+    """Tokens that both the tokenizer and the backbone's positions allow, or ``None`` where neither sets a limit."""
+    config = model.spin.backbone.config.get_text_config()
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    embeddings = getattr(getattr(model.spin.backbone, "embeddings", None), "position_embeddings", None)
+    offset = getattr(embeddings, "padding_idx", None)  # RoBERTa's positions start behind its padding index
+    if offset is not None and limits[1]:
+        limits[1] -= offset + 1
+    known = [int(limit) for limit in limits if limit and 0 < limit < _NO_LIMIT]
+    return min(known) if known else None
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, max_length: int | None
+) -> Encoded:
+    """Tokenize, cutting at ``max_length`` tokens and counting the cuts.
+
+    Raises:
+        EmptyTextError: if no text has a token.
+    """
+    full = tokenizer(texts, pairs, truncation=False, verbose=False)
+    truncated = 0
+    if max_length is not None:
+        truncated = sum(len(ids) > max_length for ids in full["input_ids"])
+        if truncated:
+            full = tokenizer(texts, pairs, truncation=True, max_length=max_length)
+    ids = [list(row) for row in full["input_ids"]]
+    if not any(ids):
+        raise EmptyTextError("No text has a single token.")
+    filler = tokenizer.pad_token_id
+    types = full.get("token_type_ids")
+    if types is not None:
+        types = [list(row) or [0] for row in types]
+    return Encoded([row or [filler] for row in ids], types, max_length, truncated)
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Rows grouped by length, longest first, each batch within ``batch_tokens`` padded tokens (but at least one row).
+
+    A pure function of its arguments: resumed runs and other processes make the same batches, hence the same features.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for row in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], poolings: Sequence[str], budget: int) -> str:
+    """Hash of all that the features depend on: tokens, weights, taps, poolings, batches and dtype."""
+    digest = hashlib.sha256()
+    digest.update(repr((list(map(str, taps)), list(poolings), budget, str(model.backbone.dtype))).encode())
+    for name, tensor in model.backbone.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for rows in (encoded.input_ids, encoded.token_type_ids or []):
+        for row in rows:
+            digest.update(np.asarray([len(row), *row], dtype=np.int64))
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def extract(
+    model: SpinModel,
+    encoded: Encoded,
+    store: FeatureStore,
+    batches: Sequence[Sequence[int]],
+    pad_token_id: int,
+    advance: Callable[[int], Any],
+) -> None:
+    """Fill the store, going on after the batches it already holds.
+
+    Args:
+        advance: called with the number of tokens of each finished batch.
+
+    Raises:
+        NonFiniteFeaturesError: naming the tap that produced NaN or infinity.
+    """
+    lengths = encoded.lengths
+    taps = list(store.widths)
+    model.eval()
+    device = model_device(model)
+    hooks = attach(model.backbone, model.layout, taps)
+    last_commit = time.monotonic()
+    try:
+        for number, rows in enumerate(batches):
+            tokens = sum(lengths[row] for row in rows)
+            if number < store.batches_done:
+                advance(tokens)
+                continue
+            batch = pad([encoded.input_ids[row] for row in rows], pad_token_id).to(device)
+            mask = pad([[1] * lengths[row] for row in rows], 0).to(device)
+            types = None
+            if encoded.token_type_ids is not None:
+                types = pad([encoded.token_type_ids[row] for row in rows], 0).to(device)
+            pooled: dict[Tap, Tensor] = {}
+
+            def read(tap: Tap, values: Tensor, mask: Tensor = mask, pooled: dict[Tap, Tensor] = pooled) -> None:
+                pooled[tap] = pool(values, mask, store.poolings)
+
+            with record(taps, read):
+                model.run_backbone(batch, mask, types)
+            for tap, values in pooled.items():
+                array = values.cpu().numpy()
+                if not np.isfinite(array).all():
+                    raise NonFiniteFeaturesError(
+                        f"Tap {tap} produced NaN or infinity (batch {number}). In float16 the backbone may overflow: "
+                        "load it with dtype=torch.bfloat16 or float32. Otherwise its weights are damaged."
+                    )
+                store.write(tap, rows, array)
+            advance(tokens)
+            if time.monotonic() - last_commit > _COMMIT_SECONDS:
+                store.commit(number + 1)
+                last_commit = time.monotonic()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    store.commit(len(batches))
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    """Rows of ids as one tensor ``(rows, longest)``, filled on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def _embedding_rows(model: SpinModel) -> int | None:
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return None if weight is None else int(weight.shape[0])

@@ -1,0 +1,141 @@
+"""Heads for all candidates: one dense linear layer on the kept neurons of each, scored on the evaluation rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..taps import Tap
+from .probes import Labelled, Probe
+from .ridge import curvature_gram, solve_ridge
+from .selection import Candidate, Columns, combinations
+from .solver import PathPoint, solve_path
+from .store import FeatureStore
+
+# Inverse penalties of a head, times its number of features: the prior variance of a logit of uncorrelated features.
+_LOGIT_VARIANCES = (0.1, 0.4, 1.6, 6.4, 25.6)
+
+
+@dataclass(frozen=True)
+class HeadFitter:
+    """Fits heads on subsets of the stored features.
+
+    ``penalty`` is ``"l2"`` (C chosen on the evaluation rows' loss, from a grid over the number of features) or ``"l1"``
+    on raw features (C that of the probes), as the paper has it.
+    """
+
+    store: FeatureStore
+    data: Labelled
+    device: torch.device
+    penalty: str = "l2"
+    tol: float = 1e-3
+
+    def fit_all(
+        self,
+        probes: Sequence[Probe],
+        *,
+        etas: Sequence[float],
+        depths: Sequence[int],
+        max_features: int,
+        combine: bool,
+        advance: Callable[[], object],
+    ) -> list[Candidate]:
+        """Every kind x pooling x eta x depth that keeps something new and no more than ``max_features``."""
+        found: list[Candidate] = []
+        for kind, pooling, members in combinations(probes, combine=combine):
+            for depth in depths:
+                if any(probe.tap.block <= depth for probe in members):
+                    found += self._fit_depth(kind, pooling, members, depth, etas, max_features)
+                advance()
+        return found
+
+    def fit_tap(self, tap: Tap, pooling: str) -> tuple[float, int]:
+        """A dense head on all neurons of one tap: its score, and its number of features."""
+        features = torch.from_numpy(self.store.read(tap, pooling)).to(self.device)
+        scores = []
+        for rows, held_out in self.data.folds:
+            mean, scale = features[rows].mean(0), features[rows].std(0, correction=0).clamp_min(1e-8)
+            x = (features - mean) / scale
+            scores.append([x[held_out] @ p.weight.T + p.intercept for p in self._ridge(x[rows], rows, None)])
+        score, _, _, _ = self._choose(scores)
+        return score, features.shape[1]
+
+    def fit_final(self, probes: Sequence[Probe], candidate: Candidate, tol: float) -> tuple[Columns, PathPoint]:
+        """The chosen candidate's columns and head on the final training rows."""
+        columns = Columns.of(probes, -1)
+        assert candidate.eta is not None
+        columns = columns.take(columns.kept(candidate.eta, candidate.depth))
+        rows = self.data.refit
+        x = columns.read(self.store, self.device)[rows]
+        y, s = self.data.targets[rows], self.data.weights[rows]
+        loss = self.data.task.loss
+        if self.penalty == "l1":
+            points = solve_path(x, y, s, loss, [candidate.C], factors=1.0 / columns.scale.to(x), tol=tol)
+        else:
+            points = solve_ridge(x, y, s, loss, [candidate.C], tol=tol)
+        return columns, next(iter(points))
+
+    def _fit_depth(
+        self, kind: str, pooling: str, probes: Sequence[Probe], depth: int, etas: Sequence[float], max_features: int
+    ) -> list[Candidate]:
+        final = Columns.of(probes, -1)
+        sizes = {eta: int(final.kept(eta, depth).sum()) for eta in etas}
+        feasible = [eta for eta in etas if 0 < sizes[eta] <= max_features]
+        feasible = [eta for i, eta in enumerate(feasible) if i == 0 or sizes[eta] > sizes[feasible[i - 1]]]
+        if not feasible:
+            return []
+        scores: dict[float, list[list[Tensor]]] = {eta: [] for eta in feasible}
+        for fold, (rows, held_out) in enumerate(self.data.folds):
+            for eta, held in self._fit_fold(Columns.of(probes, fold), feasible, depth, rows, held_out, max_features):
+                scores[eta].append(held)
+        found = []
+        for eta in feasible:
+            score, loss, predictions, which = self._choose(scores[eta])
+            C = probes[0].C if self.penalty == "l1" else _LOGIT_VARIANCES[which] / sizes[eta]
+            found.append(Candidate(kind, pooling, eta, depth, C, sizes[eta], score, loss, None, predictions))
+        return found
+
+    def _fit_fold(
+        self,
+        columns: Columns,
+        etas: Sequence[float],
+        depth: int,
+        rows: np.ndarray,
+        held_out: np.ndarray,
+        max_features: int,
+    ) -> Iterator[tuple[float, list[Tensor]]]:
+        """For each eta, the scores on the held-out rows at each C. All etas share the widest one's matrix and Gram."""
+        columns = columns.take(columns.kept(etas[-1], depth))
+        features = columns.read(self.store, self.device)
+        x = features[rows]
+        y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
+        gram: Tensor | None = None
+        for eta in etas:
+            index = torch.from_numpy(np.flatnonzero(columns.kept(eta, depth))).to(self.device)
+            part = x[:, index]
+            if self.penalty == "l1":
+                factors = 1.0 / columns.scale.to(x)[index]
+                points = list(solve_path(part, y, s, loss, [columns.probes[0].C], factors=factors, tol=self.tol))
+            else:
+                points = self._ridge(part, rows, None if gram is None else gram[index[:, None], index])
+                if gram is None and len(etas) > 1:
+                    middle = points[len(points) // 2]
+                    z = (part @ middle.weight.T + middle.intercept).double()
+                    gram = curvature_gram(x, loss.curvature(z, s.double().to(z.device)))
+            yield eta, [features[held_out][:, index] @ p.weight.T + p.intercept for p in points]
+
+    def _ridge(self, x: Tensor, rows: np.ndarray, gram: Tensor | None) -> list[PathPoint]:
+        Cs = [variance / x.shape[1] for variance in _LOGIT_VARIANCES]
+        y, s = self.data.targets[rows], self.data.weights[rows]
+        return list(solve_ridge(x, y, s, self.data.task.loss, Cs, gram=gram, tol=self.tol))
+
+    def _choose(self, scores: Sequence[Sequence[Tensor]]) -> tuple[float, float, np.ndarray, int]:
+        """From scores by fold and C: the C of least held-out loss, with its metric, loss and predictions."""
+        losses = [self.data.held_out_loss(parts) for parts in zip(*scores, strict=True)]
+        which = int(np.argmin(losses))
+        score, predictions = self.data.score([parts[which] for parts in scores])
+        return score, losses[which], predictions, which

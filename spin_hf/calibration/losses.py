@@ -1,0 +1,121 @@
+"""The losses a probe or head can minimise, each with its gradient, curvature and convex conjugate.
+
+All of them act on scores ``Z = X W + b`` of shape ``(n, K)`` and targets ``Y`` of the same shape, and all are sums
+over the rows, weighted by ``s`` of shape ``(n, 1)`` or, for losses whose columns
+are separate problems, ``(n, K)``. What the solver needs beyond value and gradient is
+
+- a *curvature* ``d`` of shape ``(n, K)`` with ``hessian of row i <= diag(d_i)`` at the present scores (up to the line
+  search), so that every column has a Gram matrix ``X' diag(d_k) X`` of its own and all can move at once, and
+- the *dual objective* at ``theta = scale * residual``, which certifies how far a solution is from the optimum.
+
+A row's residual is minus the gradient of its loss. Residuals of all three losses stay dual feasible under scaling by
+any factor in [0, 1], which is how a point that violates ``|X' theta| <= lambda`` is brought inside.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Loss(Protocol):
+    """What the solver asks of a loss. ``coupled`` says that the columns form one problem, not ``K`` separate ones."""
+
+    coupled: bool
+
+    def value(self, z: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        """Weighted loss per column, shape ``(K,)``; for a coupled loss the total is in every sum of it."""
+        ...
+
+    def residual(self, z: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        """Minus the gradient with respect to ``z``, shape ``(n, K)``."""
+        ...
+
+    def curvature(self, z: Tensor, s: Tensor) -> Tensor:
+        """Second-order weight of each row in each column, shape ``(n, K)``."""
+        ...
+
+    def intercept_curvature(self, z: Tensor, s: Tensor) -> Tensor:
+        """Second derivative with respect to the intercepts, shape ``(K, K)``."""
+        ...
+
+    def dual(self, theta: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        """Dual objective per column at a feasible ``theta``, shape ``(K,)``."""
+        ...
+
+
+def _entropy(q: Tensor) -> Tensor:
+    return torch.special.entr(q.clamp(0.0, 1.0))
+
+
+class Logistic:
+    """``sum_i s_i (log(1 + exp(z_ik)) - y_ik z_ik)`` for each column: binary, one-vs-rest and multi-label."""
+
+    coupled = False
+
+    def value(self, z: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return (s * (F.softplus(z) - y * z)).sum(0)
+
+    def residual(self, z: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return s * (y - torch.sigmoid(z))
+
+    def curvature(self, z: Tensor, s: Tensor) -> Tensor:
+        p = torch.sigmoid(z)
+        return s * p * (1 - p)
+
+    def intercept_curvature(self, z: Tensor, s: Tensor) -> Tensor:
+        p = torch.sigmoid(z)
+        return (s * p * (1 - p)).sum(0).diag()
+
+    def dual(self, theta: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        q = y - theta / s
+        return (s * (_entropy(q) + _entropy(1 - q))).sum(0)
+
+
+class Multinomial:
+    """``sum_i s_i (log sum_k exp(z_ik) - sum_k y_ik z_ik)``: one problem over all classes (softmax regression)."""
+
+    coupled = True
+
+    def value(self, z: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return (s[:, 0] @ (torch.logsumexp(z, 1) - (y * z).sum(1))).expand(z.shape[1]) / z.shape[1]
+
+    def residual(self, z: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return s * (y - torch.softmax(z, 1))
+
+    def curvature(self, z: Tensor, s: Tensor) -> Tensor:
+        # v' (diag(p) - p p') v = sum_{k < l} p_k p_l (v_k - v_l)^2 <= 2 sum_k p_k (1 - p_k) v_k^2
+        p = torch.softmax(z, 1)
+        return s * 2 * p * (1 - p)
+
+    def intercept_curvature(self, z: Tensor, s: Tensor) -> Tensor:
+        p = torch.softmax(z, 1)
+        return (s * p).sum(0).diag() - p.T @ (s * p)
+
+    def dual(self, theta: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        q = y - theta / s
+        return (s[:, 0] @ _entropy(q).sum(1)).expand(y.shape[1]) / y.shape[1]
+
+
+class Squared:
+    """``sum_i s_i (y_ik - z_ik)^2 / 2`` for each column."""
+
+    coupled = False
+
+    def value(self, z: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return (s * (y - z).square()).sum(0) / 2
+
+    def residual(self, z: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return s * (y - z)
+
+    def curvature(self, z: Tensor, s: Tensor) -> Tensor:
+        return s.expand_as(z)
+
+    def intercept_curvature(self, z: Tensor, s: Tensor) -> Tensor:
+        return s.expand_as(z).sum(0).diag()
+
+    def dual(self, theta: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return (theta * y).sum(0) - (theta.square() / s).sum(0) / 2

@@ -1,0 +1,144 @@
+"""What a calibration tried, what it kept, how good that is and what it cost."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .selection import Candidate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """The record of one :func:`spin_hf.spin_calibrate`. ``print`` it for the short table.
+
+    Attributes:
+        chosen: the candidate written into the model.
+        best: the best candidate by the metric; another than ``chosen`` only with ``prefer="compact"``.
+        candidates: all that were tried, best first.
+        baselines: score of ``"last layer"`` (a dense head on the last block, after the final norm where there is one;
+            absent if that tap was left out) and of ``"best probe"``.
+        metric: name of the metric of all scores.
+        kept: neurons kept by tap and pooling, as in ``SpinConfig.features``.
+        data: rows, labels and texts cut to the window.
+        seconds: wall time by stage.
+        bytes: disk for the features, and the model's parameters.
+        convergence: worst relative duality gap of the probes, how many points missed the tolerance, the final head's gap.
+        probes: for each (tap, pooling) the chosen C, its score, its neurons and the score at every C.
+        settings: the options that made it.
+    """
+
+    chosen: Candidate
+    best: Candidate
+    candidates: tuple[Candidate, ...]
+    baselines: Mapping[str, float]
+    metric: str
+    kept: tuple[Mapping[str, Any], ...]
+    data: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    bytes: Mapping[str, int]
+    convergence: Mapping[str, Any]
+    probes: tuple[Mapping[str, Any], ...]
+    settings: Mapping[str, Any]
+
+    @property
+    def frontier(self) -> tuple[Candidate, ...]:
+        """Candidates that no other beats in score, features and depth at once, fewest features first."""
+        front: list[Candidate] = []
+        for candidate in sorted(self.candidates, key=lambda c: c.rank):
+            if not any(f.num_features <= candidate.num_features and f.depth <= candidate.depth for f in front):
+                front.append(candidate)
+        return tuple(sorted(front, key=lambda c: (c.num_features, c.depth)))
+
+    def __str__(self) -> str:
+        rows = [(name, f"{score:.4f}", "", "") for name, score in self.baselines.items()]
+        rows.append(_row("SPIN", self.chosen))
+        if self.best != self.chosen:
+            rows.append(_row("SPIN, best score", self.best))
+        head = ("", f"{self.metric} ({self.data['evaluated']})", "features", "blocks")
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(4)]
+        table = [
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+            for row in [head, *rows]
+        ]
+        stages = ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items() if name != "total")
+        notes = [
+            f"Chosen: {self.chosen.name}. {len(self.candidates)} candidates tried on {self.data['eval_rows']:,} texts "
+            f"({self.data['train_rows']:,} to train on).",
+            f"Seconds: {stages}; total {self.seconds['total']:.1f}. Features on disk: "
+            f"{self.bytes['features'] / 1e6:,.0f} MB.",
+        ]
+        if self.data["truncated"]:
+            notes.append(f"{self.data['truncated']:,} texts were cut to {self.data['max_length']} tokens.")
+        if self.convergence["unconverged"]:
+            notes.append(
+                f"{self.convergence['unconverged']} probe fits missed the tolerance; the worst relative gap is "
+                f"{self.convergence['worst_gap']:.1e}."
+            )
+        return "\n".join([*table, *notes])
+
+    def to_pandas(self) -> pd.DataFrame:
+        """All candidates as a frame, best first."""
+        import pandas as pd
+
+        return pd.DataFrame([_candidate_dict(candidate) for candidate in self.candidates])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON; predictions are left out."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["chosen"], values["best"] = _candidate_dict(self.chosen), _candidate_dict(self.best)
+        values["candidates"] = [_candidate_dict(candidate) for candidate in self.candidates]
+        return values
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, whole or not at all."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".tmp")
+        partial.write_text(json.dumps(_without_nan(self.to_dict()), indent=1), encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CalibrationResult:
+        """Read what :meth:`save` wrote."""
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        for name in ("chosen", "best"):
+            values[name] = _candidate_from(values[name])
+        values["candidates"] = tuple(_candidate_from(value) for value in values["candidates"])
+        values["kept"], values["probes"] = tuple(values["kept"]), tuple(values["probes"])
+        return cls(**values)
+
+
+def _row(name: str, candidate: Candidate) -> tuple[str, str, str, str]:
+    return name, f"{candidate.score:.4f}", f"{candidate.num_features:,}", str(candidate.depth)
+
+
+def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
+    values = asdict(candidate)
+    del values["predictions"]
+    return values
+
+
+def _candidate_from(values: dict[str, Any]) -> Candidate:
+    return Candidate(**{**values, "loss": float("nan") if values["loss"] is None else values["loss"]})
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN is no JSON."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return None if np.isnan(value) else float(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    return value

