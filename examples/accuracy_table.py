@@ -49,7 +49,7 @@ def read_split(folder: Path, name: str, split: str) -> list[dict[str, Any]]:
 
 
 def load(folder: Path, name: str) -> tuple[list[dict], list[dict], list[dict]]:
-    """Train, validation and test; IMDb is cut to 5000 + 5000, and a fifth of train validates where there is no split."""
+    """Train, validation, test; IMDb is cut to 5000 + 5000; a fifth of train validates where there is no split."""
     train, test = read_split(folder, name, "train"), read_split(folder, name, "test")
     if name == "imdb":
         draw = np.random.default_rng(SEED)
@@ -97,7 +97,11 @@ def last_layer(path: str, texts: list[list[str]], y: list[list[Any]], metric: st
         for start in range(0, len(order), 32):
             index = order[start : start + 32]
             batch = tokenizer(
-                [part[i] for i in index], padding=True, truncation=True, max_length=limit, padding_side="right",
+                [part[i] for i in index],
+                padding=True,
+                truncation=True,
+                max_length=limit,
+                padding_side="right",
                 return_tensors="pt",
             ).to(device)
             mask = batch["attention_mask"][..., None].float()
@@ -135,36 +139,21 @@ def _seconds(stages: Any) -> str:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = str(backbone_folder()) if arguments.model == "minilm" else arguments.model
-    name = "MiniLM" if arguments.model == "minilm" else Path(path).name
+    name = "MiniLM" if arguments.model == "minilm" else Path(arguments.model).name
     done = {(row["model"], row["set"], row["method"]) for row in read_results(arguments.results)}
     for dataset in arguments.sets:
-        metric = SETS[dataset]
         data = load(arguments.data, dataset)
-        texts = [[row["text"] for row in part] for part in data]
-        y = [[row["label"] for row in part] for part in data]
         with tempfile.TemporaryDirectory() as scratch:
-            cache = arguments.cache or Path(scratch)
-            methods: dict[str, Callable[[], tuple[float, float, str]]] = {
-                "tfidf": lambda: tfidf(texts, y, metric),
-                "last layer": lambda: last_layer(path, texts, y, metric, device),
-                "spin": lambda: spin(path, data, metric, device, cache),
-                "best probe": lambda: spin(path, data, metric, device, cache, etas=[]),
-                "spin paper": lambda: spin(
-                    path, data, metric, device, cache, preset="paper", poolings=arguments.paper_poolings
-                ),
-            }
-            for method in arguments.methods or methods:
+            for method in arguments.methods or METHODS:
                 if (name, dataset, method) in done:
                     continue
                 start = time.perf_counter()
-                validation, test, detail = methods[method]()
+                validation, test, detail = measure(method, dataset, data, arguments, arguments.cache or Path(scratch))
                 row = {
                     "model": name,
                     "set": dataset,
                     "method": method,
-                    "metric": metric,
+                    "metric": SETS[dataset],
                     "rows": [len(part) for part in data],
                     "validation": round(100 * validation, 2),
                     "test": round(100 * test, 2),
@@ -174,6 +163,27 @@ def run(arguments: argparse.Namespace) -> None:
                 with arguments.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 sys.stderr.write(f"{row}\n")
+
+
+def measure(
+    method: str, dataset: str, data: Any, arguments: argparse.Namespace, cache: Path
+) -> tuple[float, float, str]:
+    """Validation score, test score and what was chosen."""
+    metric = SETS[dataset]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = str(backbone_folder()) if arguments.model == "minilm" else arguments.model
+    texts = [[row["text"] for row in part] for part in data]
+    labels = [[row["label"] for row in part] for part in data]
+    if method == "tfidf":
+        return tfidf(texts, labels, metric)
+    if method == "last layer":
+        return last_layer(path, texts, labels, metric, device)
+    options: dict[str, Any] = {}
+    if method == "best probe":
+        options = {"etas": []}
+    elif method == "spin paper":
+        options = {"preset": "paper", "poolings": arguments.paper_poolings}
+    return spin(path, data, metric, device, cache, **options)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -64,7 +65,7 @@ def _one_line_errors(command: _F) -> _F:
         try:
             return command(*args, **kwargs)
         except known as error:
-            _err.print("[red]error:[/red]", " ".join(str(error).split()), highlight=False, soft_wrap=True, markup=True)
+            _err.print("[red]error:[/red]", escape(" ".join(str(error).split())), highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
     return wrapped  # type: ignore[return-value]
@@ -110,16 +111,16 @@ def calibrate(
     from .modeling_spin import SpinForSequenceClassification
 
     demand_writable(out)
-    columns = {"text_column": text_column, "label_column": label_column}
+    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
     sets = {name: _load_data(source, limit, seed) for name, source in _given(train=train, eval=validation, test=test)}
     tokenizer = _tokenizer(backbone, revision, trust_remote_code)
     options: dict[str, Any] = dict(_given(revision=revision, dtype=dtype))
     if trust_remote_code:
         options["trust_remote_code"] = True
     with _loading(backbone):
-        model = SpinForSequenceClassification.from_backbone(
-            backbone, problem_type=problem_type.value, **options
-        ).to(_device(device))
+        model = SpinForSequenceClassification.from_backbone(backbone, problem_type=problem_type.value, **options).to(
+            _device(device)
+        )
     tests = sets.pop("test", None)
     result = spin_calibrate(
         model,
@@ -143,10 +144,10 @@ def calibrate(
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     result.save(out / "calibration.json")
-    _out.print(str(result), highlight=False, soft_wrap=True)
+    _out.print(str(result), highlight=False, soft_wrap=True, markup=False)
     if tests is not None:
         _report(model, tokenizer, tests, columns, as_json=False)
-    _out.print(f"Saved to {out}. Use it: spin-hf predict {out} \"your text\"", highlight=False, soft_wrap=True)
+    _out.print(f'Saved to {out}. Use it: spin-hf predict {out} "your text"', highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -154,7 +155,9 @@ def calibrate(
 def predict(
     model: Annotated[Path, typer.Argument(help="Folder of a classifier.")],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")] = None,
-    file: Annotated[Path | None, typer.Option(help="csv, tsv, json, jsonl, parquet, or txt with a text a line.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="csv, tsv, json, jsonl, parquet, or txt with a text a line.")
+    ] = None,
     text_column: TextColumn = None,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
@@ -212,7 +215,7 @@ def demo(
     with _loading(str(folder)):
         model = SpinForSequenceClassification.from_backbone(folder)
     result = spin_calibrate(model, tokenizer, train, validation)
-    _out.print(str(result), highlight=False, soft_wrap=True)
+    _out.print(str(result), highlight=False, soft_wrap=True, markup=False)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     result.save(out / "calibration.json")
@@ -359,7 +362,7 @@ def _report(model: Any, tokenizer: Any, source: Any, columns: dict[str, Any], *,
     single = model.config.problem_type == "single_label_classification"
     matrix = confusion_matrix(labels, prediction.labels, labels=range(len(names))) if single else None
     if as_json:
-        values = {"rows": len(rows), "truncated": prediction.truncated, **scores}
+        values: dict[str, Any] = {"rows": len(rows), "truncated": prediction.truncated, **scores}
         if matrix is not None:
             values["labels"], values["confusion_matrix"] = list(names), matrix.tolist()
         sys.stdout.write(json.dumps(values) + "\n")

@@ -23,6 +23,7 @@ _trust: ContextVar[bool] = ContextVar("spin_hf_trust_remote_code", default=False
 
 @contextmanager
 def trusting_remote_code(trust: bool) -> Iterator[None]:
+    """Trust, or do not, for the length of a call."""
     token = _trust.set(trust)
     try:
         yield
@@ -31,6 +32,7 @@ def trusting_remote_code(trust: bool) -> Iterator[None]:
 
 
 def remote_code_is_trusted() -> bool:
+    """Whether the caller of the present call gave trust."""
     return _trust.get()
 
 
@@ -77,14 +79,14 @@ class SpinConfig(PreTrainedConfig):
         self.backbone_revision = backbone_revision
         if isinstance(backbone_config, dict):
             backbone_config = _config_from_dict(backbone_config, backbone_id, backbone_revision)
-        self.backbone_config = backbone_config
+        self.backbone_config: PreTrainedConfig | None = backbone_config
         self.layout = layout
         self.features = [_checked_entry(entry) for entry in features or []]
         self.class_weights = class_weights
         self.max_text_tokens = max_text_tokens
-        attention = kwargs.pop("attn_implementation", None)  # an option of from_pretrained: the backbone's, as we have none
-        if attention is not None and backbone_config is not None:
-            backbone_config._attn_implementation = attention
+        attention = kwargs.pop("attn_implementation", None)  # the backbone's, as the wrapper has none
+        if attention is not None and isinstance(self.backbone_config, PreTrainedConfig):
+            self.backbone_config._attn_implementation = attention
         super().__init__(**kwargs)
 
     @property
@@ -102,7 +104,8 @@ class SpinConfig(PreTrainedConfig):
     @classmethod
     def from_pretrained(cls, *args: Any, trust_remote_code: bool | None = None, **kwargs: Any) -> SpinConfig:
         with trusting_remote_code(bool(trust_remote_code)):
-            return super().from_pretrained(*args, **kwargs)
+            config: SpinConfig = super().from_pretrained(*args, **kwargs)
+            return config
 
 
 def _config_from_dict(values: dict[str, Any], source: str | None, revision: str | None) -> PreTrainedConfig:

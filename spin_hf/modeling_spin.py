@@ -97,11 +97,11 @@ class SpinPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """A fresh head starts at zero; everything else is loaded, or the backbone's own business."""
         if module is getattr(self, "score", None):
-            nn.init.zeros_(module.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, trust_remote_code: bool | None = None, **kwargs: Any
     ) -> Any:
         """Load a saved model. Nothing but this checkpoint is read.
@@ -143,7 +143,7 @@ class SpinPreTrainedModel(PreTrainedModel):
         """Move or cast, but leave the head's numbers exactly as they are in float32 (``.half()``, ``.to(bf16)``)."""
         own = self._float32_tensors()
         before = {name: tensor.data for name, tensor in own.items()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, tensor in self._float32_tensors().items():
             if tensor.dtype != torch.float32 and before[name].dtype == torch.float32:
                 tensor.data = before[name].to(tensor.device)
@@ -176,7 +176,7 @@ class SpinModel(SpinPreTrainedModel):
         config.backbone_config = backbone.config
         if config.layout is None:
             config.layout = find_layout(backbone).to_dict()
-        self.layout = Layout(**config.layout)
+        self.layout = Layout.from_dict(config.layout)
         self.standardizer = Standardizer(config.num_features)
         self.groups: list[tuple[Tap, list[tuple[str, int, int]]]] = []
         self._hooks: list[Any] = []
@@ -264,9 +264,12 @@ class SpinModel(SpinPreTrainedModel):
             )
         pooled: dict[Tap, list[Tensor]] = {}
         parts_of = dict(self.groups)
-        mask = self.token_mask(input_ids, attention_mask, inputs_embeds)
-        mask, input_ids, token_type_ids, position_ids, inputs_embeds = align_left(
-            mask, input_ids, token_type_ids, position_ids, inputs_embeds
+        mask, (input_ids, token_type_ids, position_ids, inputs_embeds) = align_left(
+            self.token_mask(input_ids, attention_mask, inputs_embeds),
+            input_ids,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
         )
 
         learns = torch.is_grad_enabled() and self._needs_gradient(inputs_embeds)
@@ -303,7 +306,7 @@ class SpinModel(SpinPreTrainedModel):
             return torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         if attention_mask.shape != given.shape[:2]:
             raise ValueError(
-                f"attention_mask should be (batch, tokens) = {tuple(given.shape[:2])}; got {tuple(attention_mask.shape)}."
+                f"attention_mask should be {tuple(given.shape[:2])} (batch, tokens), not {tuple(attention_mask.shape)}."
             )
         return attention_mask
 
@@ -318,7 +321,7 @@ class SpinModel(SpinPreTrainedModel):
     ) -> None:
         """One forward of the backbone for its side effects on the taps; nothing of its output is kept."""
         optional = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        inputs = {name: value for name, value in optional.items() if value is not None}
+        inputs: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
         if input_ids is not None:
             inputs["input_ids"] = input_ids
         if getattr(self.backbone.config, "use_cache", None):
@@ -361,7 +364,8 @@ class SpinModel(SpinPreTrainedModel):
         return (inputs_embeds is not None and inputs_embeds.requires_grad) or self._backbone_trains()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
+        embeddings: nn.Module = self.backbone.get_input_embeddings()
+        return embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
@@ -417,7 +421,8 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         if isinstance(backbone, nn.Module):
             if kwargs:
                 raise ValueError(f"{', '.join(kwargs)} can only be used when the backbone is loaded here, by its name.")
-            model, source = backbone, getattr(backbone, "name_or_path", "") or None
+            model: PreTrainedModel = backbone
+            source = getattr(backbone, "name_or_path", "") or None
         else:
             model, source = _load_backbone(str(backbone), kwargs), str(backbone)
         if isinstance(model, SpinPreTrainedModel):
@@ -436,7 +441,8 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         )
         spin = cls(config, backbone=model)
         spin.score.to(model_device(model))
-        return spin.eval()
+        spin.eval()
+        return spin
 
     def set_head(self, weight: Tensor, bias: Tensor) -> None:
         """Replace ``score``. ``weight`` is ``(num_labels, num_features)``, ``bias`` ``(num_labels,)``. **In place.**"""
@@ -571,7 +577,7 @@ def _load_backbone(source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(source, **hub)
     if isinstance(config, SpinConfig):
         raise ValueError(f"{source} is a SPIN model already; load it with from_pretrained.")
-    return _auto_class(config).from_pretrained(source, **kwargs)  # type: ignore[no-any-return]
+    return _auto_class(config).from_pretrained(source, **kwargs)
 
 
 def _build_backbone(config: SpinConfig) -> PreTrainedModel:
@@ -580,7 +586,7 @@ def _build_backbone(config: SpinConfig) -> PreTrainedModel:
             "SpinConfig has no backbone_config. Use SpinForSequenceClassification.from_backbone(...) to start from a "
             "pretrained model."
         )
-    return _auto_class(config.backbone_config).from_config(  # type: ignore[no-any-return]
+    return _auto_class(config.backbone_config).from_config(
         config.backbone_config, trust_remote_code=remote_code_is_trusted()
     )
 

@@ -31,7 +31,7 @@ def pool(values: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:
     return torch.stack(columns, 1).masked_fill(~mask.any(1)[:, None, None], 0.0)
 
 
-def align_left(mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def align_left(mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
     """Move each row's real tokens to the front, in order: left padding becomes right padding.
 
     Returns the mask and the tensors ``(batch, tokens, ...)`` gathered by one stable permutation per row; ``None`` stays
@@ -39,14 +39,12 @@ def align_left(mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ..
     """
     order = mask.to(torch.bool).logical_not().to(torch.int8).argsort(dim=1, stable=True)
 
-    def gather(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
+    def gather(tensor: Tensor) -> Tensor:
         index = order.to(tensor.device)
         index = index.reshape(index.shape + (1,) * (tensor.dim() - 2)).expand_as(tensor)
         return tensor.gather(1, index)
 
-    return gather(mask), *map(gather, tensors)
+    return gather(mask), [None if tensor is None else gather(tensor) for tensor in tensors]
 
 
 def _pool_one(values: Tensor, mask: Tensor, pooling: str) -> Tensor:

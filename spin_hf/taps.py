@@ -64,13 +64,17 @@ class Layout:
     def to_dict(self) -> dict[str, str | None]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, str | None]) -> Layout:
+        return cls(str(values["blocks"]), values["ffn"], values["norm"])
+
     def block_list(self, backbone: nn.Module) -> nn.ModuleList:
         """The backbone's blocks. Raises :class:`TapError` where there are none under that name."""
         found = _submodule(backbone, self.blocks)
         if not isinstance(found, nn.ModuleList) or not len(found):
             raise TapError(
                 f"{type(backbone).__name__} has no list of blocks at {self.blocks!r}. "
-                f"Lists found: {_describe(_module_lists(backbone))}. Name one with blocks=\"...\"."
+                f'Lists found: {_describe(_module_lists(backbone))}. Name one with blocks="...".'
             )
         return found
 
@@ -122,7 +126,7 @@ def find_layout(backbone: nn.Module, *, blocks: str | None = None, ffn: str | No
             candidates = [name for name, module in first.named_modules() if _shape(module)]
             raise TapError(
                 f"The blocks of {type(backbone).__name__} have no module {ffn!r}. "
-                f"Linear layers in a block: {', '.join(candidates)}. Name one of them with ffn=\"...\"."
+                f'Linear layers in a block: {", ".join(candidates)}. Name one of them with ffn="...".'
             )
         return Layout(blocks, ffn, layout.norm)
     return Layout(blocks, _find_ffn(first, _hidden_size(backbone)), layout.norm)
@@ -292,8 +296,8 @@ def _hidden_size(backbone: nn.Module) -> int:
 def _final_norm(backbone: nn.Module, blocks: str) -> str | None:
     """The norm that stands beside the block list and after it."""
     parent_name, _, own_name = blocks.rpartition(".")
-    siblings = list(backbone.get_submodule(parent_name).named_children()) if parent_name else list(
-        backbone.named_children()
+    siblings = (
+        list(backbone.get_submodule(parent_name).named_children()) if parent_name else list(backbone.named_children())
     )
     names = [name for name, _ in siblings]
     if own_name not in names:
@@ -311,7 +315,7 @@ def tap_width(backbone: nn.Module, layout: Layout, tap: Tap) -> int:
     down = layout.down_projection(layout.block_list(backbone)[tap.block - 1])
     shape = _shape(down) if down is not None else None
     if shape is None:
-        raise TapError(f"Tap {tap} is not a linear layer, so its width is unknown. Name one with ffn=\"...\".")
+        raise TapError(f'Tap {tap} is not a linear layer, so its width is unknown. Name one with ffn="...".')
     return shape[0]
 
 

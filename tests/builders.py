@@ -18,8 +18,44 @@ from spin_hf.taps import Tap, tap_width
 GOOD = ("good", "great", "lovely", "superb", "charming", "witty", "bright", "moving")
 BAD = ("bad", "awful", "dull", "boring", "clumsy", "tired", "grim", "hollow")
 NEUTRAL = tuple(
-    "the a film movie plot actor scene story it was is with and of in this that an end start music camera hour year "
-    "script cast crew town river night day city house road train letter".split()
+    [
+        "the",
+        "a",
+        "film",
+        "movie",
+        "plot",
+        "actor",
+        "scene",
+        "story",
+        "it",
+        "was",
+        "is",
+        "with",
+        "and",
+        "of",
+        "in",
+        "this",
+        "that",
+        "an",
+        "end",
+        "start",
+        "music",
+        "camera",
+        "hour",
+        "year",
+        "script",
+        "cast",
+        "crew",
+        "town",
+        "river",
+        "night",
+        "day",
+        "city",
+        "house",
+        "road",
+        "train",
+        "letter",
+    ]
 )
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *NEUTRAL)
 SIZE = 64  # ids and positions that every backbone here takes
@@ -142,10 +178,7 @@ def calibrated(
     spin = model.spin
     depth = depth or spin.depth
     generator = torch.Generator().manual_seed(seed)
-    if taps is None:
-        chosen = [tap for tap in spin.taps if tap.block <= depth]
-    else:
-        chosen = [Tap.parse(name) for name in taps]
+    chosen = [tap for tap in spin.taps if tap.block <= depth] if taps is None else list(map(Tap.parse, taps))
     groups = [
         FeatureGroup(
             tap,

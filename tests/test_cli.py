@@ -98,7 +98,7 @@ def test_mistakes_are_one_line(classifier, files, tmp_path, minilm_path):
     )
     assert "Device" in fails("predict", classifier, "text", "--device", "warp")
     broken = tmp_path / "broken.csv"
-    broken.write_bytes(b"\x00\xff\xfe not, a\ncsv\n\"")
+    broken.write_bytes(b'\x00\xff\xfe not, a\ncsv\n"')
     assert "broken.csv" in fails("evaluate", classifier, broken)
 
 

@@ -35,7 +35,7 @@ def rows_alone(batch):
         yield {name: value[row : row + 1, :length] for name, value in batch.items()}
 
 
-# -- invariant 1: the same text, however it is batched --------------------------------------------------------------------
+# -- invariant 1: the same text, however it is batched ---------------------------------------------------------------
 
 EXTRAS = {
     "token_type_ids": ("bert", "roberta", "gpt2"),
@@ -113,7 +113,7 @@ def test_inputs_that_do_not_fit(bert_backbone):
         model(attention_mask=batch["attention_mask"])
 
 
-# -- outputs --------------------------------------------------------------------------------------------------------------
+# -- outputs ---------------------------------------------------------------------------------------------------------
 
 
 def test_features_and_logits(bert_backbone):
@@ -126,7 +126,9 @@ def test_features_and_logits(bert_backbone):
     bert_backbone(**batch)
     raw = torch.cat(
         [
-            (values[str(group.tap)].amax(0) if group.pooling == "max" else values[str(group.tap)].mean(0))[group.neurons]
+            (values[str(group.tap)].amax(0) if group.pooling == "max" else values[str(group.tap)].mean(0))[
+                group.neurons
+            ]
             for group in model.spin.feature_groups()
         ]
     )
@@ -158,7 +160,7 @@ def test_what_is_returned(bert_backbone):
     assert torch.equal(model.spin(**batch, return_dict=False)[0], full.features)
 
 
-# -- losses ---------------------------------------------------------------------------------------------------------------
+# -- losses ----------------------------------------------------------------------------------------------------------
 
 
 def test_single_label_loss(bert_backbone):
@@ -191,7 +193,7 @@ def test_regression_loss(bert_backbone, shape):
     torch.testing.assert_close(model(**batch, labels=labels.reshape(shape)).loss, expected)
 
 
-# -- making one -----------------------------------------------------------------------------------------------------------
+# -- making one ------------------------------------------------------------------------------------------------------
 
 
 def test_from_backbone_writes_the_config(tmp_path, bert_backbone):
@@ -281,7 +283,7 @@ def test_refused_features_leave_the_model_as_it_was(bert_backbone):
     assert torch.equal(model(**batch).logits, before)
 
 
-# -- invariant 4: built from the config alone -----------------------------------------------------------------------------
+# -- invariant 4: built from the config alone ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -110,7 +110,7 @@ def test_pipeline(saved):
         )
 
 
-# -- folders that are refused ---------------------------------------------------------------------------------------------
+# -- folders that are refused ----------------------------------------------------------------------------------------
 
 
 def rewrite(folder, target, **changes):
@@ -146,7 +146,7 @@ def test_configs_that_are_refused(saved, tmp_path, changes, message):
         SpinForSequenceClassification.from_pretrained(folder)
 
 
-# -- remote code ----------------------------------------------------------------------------------------------------------
+# -- remote code -----------------------------------------------------------------------------------------------------
 
 REMOTE = {
     "configuration_tiny.py": """
@@ -191,7 +191,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from spin_hf import CheckpointError, SpinConfig, SpinForSequenceClassification, SpinModel
 
 def refused():
-    for auto in (SpinForSequenceClassification, SpinModel, SpinConfig, AutoConfig, AutoModelForSequenceClassification):
+    for auto in (AutoConfig, AutoModelForSequenceClassification, SpinConfig, SpinForSequenceClassification, SpinModel):
         for options in ({}, {"trust_remote_code": False}):
             try:
                 auto.from_pretrained(folder, **options)

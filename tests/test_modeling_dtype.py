@@ -18,11 +18,15 @@ def own_tensors(model):
 def assert_kept(model, before, dtype):
     """The head's tensors equal ``before``, the backbone has ``dtype``, and the outputs are float32."""
     after = own_tensors(model)
-    assert set(after) == set(before) == {
-        "score.weight",
-        "score.bias",
-        *(f"spin.standardizer.{name}" for name in ("neurons", "mean", "scale")),
-    }
+    assert (
+        set(after)
+        == set(before)
+        == {
+            "score.weight",
+            "score.bias",
+            *(f"spin.standardizer.{name}" for name in ("neurons", "mean", "scale")),
+        }
+    )
     assert {name: value.dtype for name, value in after.items()} == {name: value.dtype for name, value in before.items()}
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert {parameter.dtype for parameter in model.spin.backbone.parameters()} == {dtype}

@@ -57,7 +57,7 @@ def test_against_numpy_under_any_mask(mask, seed):
 def test_align_left_is_a_stable_partition(mask):
     tokens = torch.arange(mask.numel()).reshape(mask.shape)
     vectors = tokens[..., None] * torch.ones(1, 1, 2)
-    aligned, ids, nothing, moved = align_left(mask.long(), tokens, None, vectors)
+    aligned, (ids, nothing, moved) = align_left(mask.long(), tokens, None, vectors)
     assert nothing is None
     for row in range(len(mask)):
         real, padding = tokens[row][mask[row]].tolist(), tokens[row][~mask[row]].tolist()

@@ -24,7 +24,9 @@ def test_python_blocks_run(minilm_path, tmp_path, monkeypatch, capsys):
     assert re.search(r"'label': '(complaint|praise|question|suggestion)'", shown)
 
 
-@pytest.mark.parametrize("command", re.findall(r"^spin-hf (\w+)", README.read_text(encoding="utf-8"), flags=re.MULTILINE))
+@pytest.mark.parametrize(
+    "command", re.findall(r"^spin-hf (\w+)", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+)
 def test_commands_exist(command):
     from spin_hf.cli import app
 

@@ -62,7 +62,7 @@ class Toy(nn.Module):
         return x
 
 
-# -- layouts ------------------------------------------------------------------------------------------------------------
+# -- layouts ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -118,12 +118,14 @@ def test_ffn_taps_equal_the_formula(name):
             torch.testing.assert_close(values[f"ffn.{block}"], formula(module, x))
 
 
-def test_square_ffn_and_wide_attention():
-    backbone = make_backbone("bert", intermediate_size=32)
-    assert find_layout(backbone).ffn == "output.dense"
-    wide = make_backbone("gemma", head_dim=16, intermediate_size=64)
-    assert wide.layers[0].self_attn.o_proj.weight.shape == wide.layers[0].mlp.down_proj.weight.shape
-    assert find_layout(wide).ffn == "mlp.down_proj"
+def test_an_ffn_as_wide_as_the_model():
+    assert find_layout(make_backbone("bert", intermediate_size=32)).ffn == "output.dense"
+
+
+def test_attention_as_wide_as_the_ffn_is_no_ffn():
+    block = nn.Module()
+    block.mlp, block.self_attn = Block(), Block()
+    assert find_layout(Toy([block, block])).ffn == "mlp.down"
 
 
 def test_lists_inside_blocks_are_not_blocks():
@@ -188,7 +190,7 @@ def test_attach_refuses_taps_the_backbone_lacks(bert_backbone):
     assert not bert_backbone.encoder.layer[0].output.dense._forward_pre_hooks
 
 
-# -- each tap exactly once ------------------------------------------------------------------------------------------------
+# -- each tap exactly once -------------------------------------------------------------------------------------------
 
 
 def test_a_tap_read_twice_or_never():
@@ -201,7 +203,13 @@ def test_a_tap_read_twice_or_never():
     shared = Block()
     with pytest.raises(TapError, match=r"Tap hidden.0 was read 2 times"):
         read_toy(Toy([shared, shared]), layout, x)
-    assert read_toy(Toy([Block(), Block()]), layout, x) == {"hidden.0": 1, "ffn.1": 1, "hidden.1": 1, "ffn.2": 1, "hidden.2": 1}
+    assert read_toy(Toy([Block(), Block()]), layout, x) == {
+        "hidden.0": 1,
+        "ffn.1": 1,
+        "hidden.1": 1,
+        "ffn.2": 1,
+        "hidden.2": 1,
+    }
 
 
 def read_toy(model, layout, x):
@@ -235,7 +243,7 @@ def test_forwards_outside_a_recording_are_ignored(bert_backbone):
     assert torch.equal(model(**batch).logits, before)
 
 
-# -- copies and threads ---------------------------------------------------------------------------------------------------
+# -- copies and threads ----------------------------------------------------------------------------------------------
 
 
 def test_deepcopy_is_independent(bert_backbone):

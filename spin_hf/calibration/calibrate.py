@@ -66,7 +66,7 @@ def spin_calibrate(
 
     Every tap of the backbone is read once per text and pooled; each (tap, pooling) gets a path of sparse probes; the
     neurons that carry the label are selected; a linear head is fitted on each candidate set; the best by ``metric`` on
-    the evaluation rows is written into the model, and the blocks above it are removed. No weight of the backbone changes.
+    the evaluation rows is written into the model, and the blocks above it are removed. The backbone's weights stay.
 
     Args:
         model: from ``SpinForSequenceClassification.from_backbone``.
@@ -76,17 +76,20 @@ def spin_calibrate(
         text_column: column of the texts, or two columns for sentence pairs; found by common names otherwise.
         label_column: column of the labels; found by common names otherwise.
         cv: number of folds for cross-validation, without ``eval``; the final probes and head use all rows.
-        metric: ``accuracy`` (default), ``macro_f1``, ``micro_f1`` (default for multi-label), ``matthews``, ``r2`` (default
-            for regression), or a function of (labels, predictions).
+        metric: ``accuracy`` (default), ``macro_f1``, ``micro_f1`` (default for multi-label), ``matthews``, ``r2``
+            (default for regression), or a function of (labels, predictions).
         class_weight: ``"balanced"`` or a dict of label to weight. For multi-label the weight of a label's presence.
         sample_weight: one positive weight per row of ``train``.
         multiclass: ``"multinomial"`` or ``"ovr"`` (one-vs-rest), for more than two classes.
-        preset: ``"default"``, or ``"paper"``: the rules of SPIN (Jiao et al. 2024, Tables 7 and 8) solved to convergence:
-            one kind, one pooling and one C for all layers, its grids of C and eta, raw features, an L1 head, full depth.
-            Candidates above ``max_features`` are left out, as in the default. Where the authors' code differs from the text:
-            salience is the squared weight (code; the text has the normalised absolute weight), the head carries the same
-            L1 penalty (code; the text's equation has none), with the C of the probes, every layer uses the probe of the C in question (text; the
-            code keeps whichever finished last), and solutions are converged (text; the code stops SAGA early).
+        preset: ``"default"``, or ``"paper"``: the rules of SPIN (Jiao et al. 2024, Tables 7 and 8), solved to
+            convergence: one kind, one pooling and one C for all layers, its grids of C and eta, raw features, an L1
+            head, full depth. Candidates above ``max_features`` are left out, as in the default. Where the authors' code
+            differs from their text we follow
+
+            - the code in salience: the squared weight (text: the normalised absolute weight);
+            - the code in the head: L1, with the C of the probes (text: no penalty);
+            - the text in the probes: every layer at the C in question (code: whichever C finished last);
+            - neither in the solver: all solutions converge (code: SAGA stopped early).
         prefer: ``"score"``, or ``"compact"``: the smallest candidate within one paired standard error of the best.
         kinds: of ``hidden`` and ``ffn``; both by default.
         poolings: of ``mean``, ``max``, ``first``, ``last``; mean and max by default.
@@ -139,9 +142,7 @@ def spin_calibrate(
     task = Task.make(problem_type, names, metric, multiclass)
     weights = _weights(sample_weight, len(refit), len(rows))
     class_weights = task.class_weights(labels[refit], class_weight)
-    data = Labelled(
-        task, labels, task.targets(labels), task.row_weights(labels, class_weights, weights), folds, refit
-    )
+    data = Labelled(task, labels, task.targets(labels), task.row_weights(labels, class_weights, weights), folds, refit)
     taps = [tap for tap in model.spin.taps if tap.block <= tried_depths[-1] and _wanted(tap, recipe)]
     if not taps:
         raise CalibrationError(
@@ -155,16 +156,14 @@ def spin_calibrate(
             batches = plan_batches(encoded.lengths, batch_tokens)
         widths = {tap: tap_width(model.spin.backbone, model.spin.layout, tap) for tap in taps}
         show.say(
-            f"{len(rows):,} texts, {sum(encoded.lengths):,} tokens, {len(taps)} taps x {len(recipe.poolings)} poolings: "
+            f"{len(rows):,} texts, {sum(encoded.lengths):,} tokens, {len(taps)} taps, {len(recipe.poolings)} poolings: "
             f"{required_bytes(widths, recipe.poolings, len(rows)) / 1e6:,.0f} MB of disk, "
             f"{12 * len(rows) * max(widths.values()) / 1e6:,.0f} MB of memory for a probe."
         )
         key = ""
         if cache_dir is not None:
             key = fingerprint(model.spin, encoded, taps, recipe.poolings, batch_tokens)
-        with FeatureStore(
-            cache_dir, fingerprint=key, widths=widths, poolings=recipe.poolings, rows=len(rows)
-        ) as store:
+        with FeatureStore(cache_dir, fingerprint=key, widths=widths, poolings=recipe.poolings, rows=len(rows)) as store:
             with clock("extract"), show.bar("Reading the backbone", sum(encoded.lengths)) as advance:
                 extract(model.spin, encoded, store, batches, int(tokenizer.pad_token_id), advance)
             device = _solver_device(model)
@@ -176,7 +175,9 @@ def spin_calibrate(
                 best = min(tried, key=lambda pair: pair[0].rank)
                 chosen = best
                 if prefer == "compact":
-                    compact = smallest_within_error([c for c, _ in tried], task.metric, labels[data.eval_rows], seed=seed)
+                    compact = smallest_within_error(
+                        [c for c, _ in tried], task.metric, labels[data.eval_rows], seed=seed
+                    )
                     chosen = next(pair for pair in tried if pair[0] is compact)
                 groups, mean, scale, weight, intercept, head_gap = _finish(fitter, *chosen, tol)
             baselines = _baselines(fitter, taps, recipe, blocks, probes)

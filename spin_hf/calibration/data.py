@@ -200,8 +200,8 @@ def _columns(source: Any, role: str) -> tuple[dict[str, Any], dict[str, tuple[st
         if all(isinstance(row, str) for row in source):
             raise MissingLabelsError(f"The {role} data holds texts without labels. Pass a pair: (texts, labels).")
     raise CalibrationError(
-        f"The {role} data is a {type(source).__name__}. Pass a datasets.Dataset, a pandas DataFrame, a dict of columns, "
-        "a list of dicts, or a pair (texts, labels)."
+        f"The {role} data is a {type(source).__name__}. Pass a datasets.Dataset, a pandas DataFrame, a dict of "
+        "columns, a list of dicts, or a pair (texts, labels)."
     )
 
 
@@ -221,7 +221,7 @@ def _text_columns(columns: Mapping[str, Any], given: str | Sequence[str] | None,
         if name in columns:
             return (name,)
     raise ColumnError(
-        f"No text column among {', '.join(columns)} of the {role} data. Name it with text_column=\"...\", or two for "
+        f'No text column among {", ".join(columns)} of the {role} data. Name it with text_column="...", or two for '
         "sentence pairs."
     )
 
@@ -234,7 +234,9 @@ def _label_column(columns: Mapping[str, Any], given: str | None, texts: Sequence
     for name in _LABEL_COLUMNS:
         if name in columns and name not in texts:
             return name
-    raise ColumnError(f"No label column among {', '.join(columns)} of the {role} data. Name it with label_column=\"...\".")
+    raise ColumnError(
+        f'No label column among {", ".join(columns)} of the {role} data. Name it with label_column="...".'
+    )
 
 
 def _texts(values: Any, role: str) -> list[str]:
@@ -254,7 +256,9 @@ def _numbers(labels: list[Any], role: str) -> np.ndarray:
         wrong = next(value for value in labels if not _is_number(value))
         raise LabelTypeError(f"Regression needs numbers as labels; the {role} data has {wrong!r}.") from None
     if not np.isfinite(array).all():
-        raise LabelTypeError(f"Row {int(np.argmin(np.isfinite(array)))} of the {role} data has a label that is not finite.")
+        raise LabelTypeError(
+            f"Row {int(np.argmin(np.isfinite(array)))} of the {role} data has a label that is not finite."
+        )
     if role == "train" and np.ptp(array) == 0:
         raise OneClassError(f"All {len(array)} training rows have the value {array[0]}; there is nothing to learn.")
     return array

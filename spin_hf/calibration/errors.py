@@ -1,5 +1,6 @@
 """Errors of calibration, one type for each thing a caller can put right. All raised before long work starts, but for
-:class:`NonFiniteFeaturesError`, which can only be seen in passing."""
+:class:`NonFiniteFeaturesError`, which can only be seen in passing.
+"""
 
 from __future__ import annotations
 

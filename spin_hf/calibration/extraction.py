@@ -118,7 +118,7 @@ def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], pooling
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     for rows in (encoded.input_ids, encoded.token_type_ids or []):
         for row in rows:
-            digest.update(np.asarray([len(row), *row], dtype=np.int64))
+            digest.update(np.asarray([len(row), *row], dtype=np.int64).tobytes())
     return digest.hexdigest()
 
 

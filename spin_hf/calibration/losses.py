@@ -48,7 +48,8 @@ class Loss(Protocol):
 
 
 def _entropy(q: Tensor) -> Tensor:
-    return torch.special.entr(q.clamp(0.0, 1.0))
+    entropy: Tensor = torch.special.entr(q.clamp(0.0, 1.0))
+    return entropy
 
 
 class Logistic:

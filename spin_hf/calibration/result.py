@@ -32,7 +32,7 @@ class CalibrationResult:
         data: rows, labels and texts cut to the window.
         seconds: wall time by stage.
         bytes: disk for the features, and the model's parameters.
-        convergence: worst relative duality gap of the probes, how many points missed the tolerance, the final head's gap.
+        convergence: worst relative duality gap of the probes, how many missed the tolerance, the final head's gap.
         probes: for each (tap, pooling) the chosen C, its score, its neurons and the score at every C.
         settings: the options that made it.
     """

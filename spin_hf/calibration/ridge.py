@@ -74,9 +74,7 @@ def solve_ridge(
             weight = weight + length * move
             scores = scores + length * shift
             intercept = balance(loss, scores, intercept, y, s)
-        yield PathPoint(
-            C, weight.T.to(x.dtype), intercept.to(x.dtype), objective, gap, steps, converged=gap <= tol
-        )
+        yield PathPoint(C, weight.T.to(x.dtype), intercept.to(x.dtype), objective, gap, steps, converged=gap <= tol)
 
 
 def _solve_by_rows(

@@ -22,9 +22,9 @@ BOTH, ALL = "both", "all"
 class Candidate:
     """One classifier that was tried, and how it did on the evaluation rows.
 
-    ``kind`` is ``hidden``, ``ffn`` or ``both``; ``pooling`` a pooling or ``all``. ``eta`` and ``C`` (the head's) say how
-    it was made. A single probe has its tap in ``probe`` and no ``eta``. ``loss`` is the mean loss on the evaluation rows
-    (``nan`` for probes, which are chosen by the metric alone).
+    ``kind`` is ``hidden``, ``ffn`` or ``both``; ``pooling`` a pooling or ``all``. ``eta`` and ``C`` (the head's) say
+    how it was made. A single probe has its tap in ``probe`` and no ``eta``. ``loss`` is the mean loss on the evaluation
+    rows (``nan`` for probes, which are chosen by the metric alone).
     """
 
     kind: str
@@ -89,7 +89,9 @@ class Columns:
             scale.append(fitted.scale[kept])
         owners = np.concatenate(owner)
         blocks = np.array([probe.tap.block for probe in ordered])[owners]
-        return cls(ordered, owners, np.concatenate(neuron), blocks, np.concatenate(entry), torch.cat(mean), torch.cat(scale))
+        return cls(
+            ordered, owners, np.concatenate(neuron), blocks, np.concatenate(entry), torch.cat(mean), torch.cat(scale)
+        )
 
     def kept(self, eta: float, depth: int) -> np.ndarray:
         """Mask of the columns kept at this share and depth."""

@@ -309,7 +309,8 @@ def _largest_eigenvalues(gram: Tensor, rounds: int = 20) -> Tensor:
     v = gram[torch.arange(len(gram), device=gram.device), heaviest]
     for _ in range(rounds):
         v = _times(gram, v / v.norm(dim=1, keepdim=True).clamp_min(1e-30))
-    return 1.05 * v.norm(dim=1)
+    largest: Tensor = 1.05 * v.norm(dim=1)
+    return largest
 
 
 def _l1_quadratic(

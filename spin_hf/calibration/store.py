@@ -50,7 +50,7 @@ class FeatureStore:
             self._arrays = {tap: self._open(tap, fresh=fresh) for tap in self.widths}
         except OSError as error:
             raise OutputFolderError(
-                f"The feature store can't be written: {error}. Name a folder with room as cache_dir=\"...\"."
+                f'The feature store can\'t be written: {error}. Name a folder with room as cache_dir="...".'
             ) from error
 
     @property

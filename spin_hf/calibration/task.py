@@ -41,8 +41,8 @@ _DEFAULT_METRIC = {
 class Task:
     """Problem type, label names, loss and metric of one calibration.
 
-    Labels are arrays: class ids ``(n,)``, indicators ``(n, num_labels)``, or numbers ``(n,)``. Scores of the solver have
-    ``columns`` columns; logits of the model have ``num_labels``: they differ for two classes, where one column serves.
+    Labels are arrays: class ids ``(n,)``, indicators ``(n, num_labels)``, or numbers ``(n,)``. Scores of the solver
+    have ``columns`` columns, logits of the model ``num_labels``: they differ for two classes, where one column serves.
     """
 
     problem_type: ProblemType

@@ -6,11 +6,10 @@ import json
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 
-def load_split(split: Literal["train", "validation", "test"]) -> list[dict[str, str]]:
-    """Rows with ``text``, ``label`` and ``kind``; see the README beside the files."""
+def load_split(split: str) -> list[dict[str, str]]:
+    """Rows of ``train``, ``validation`` or ``test`` with ``text``, ``label`` and ``kind``; see README."""
     content = files(__name__).joinpath(f"{split}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in content.splitlines()]
 

