@@ -62,8 +62,10 @@ def read_rows(
         ColumnError, EmptyDatasetError, EmptyTextError, MissingLabelsError: as their names say.
     """
     if isinstance(source, tuple) and len(source) == 2:
-        columns: dict[str, Any] = {"text": list(source[0]), "label": list(source[1])}
-        if columns["text"] and isinstance(columns["text"][0], (tuple, list)):
+        columns: dict[str, Any] = {"text": _listed(source[0]), "label": _listed(source[1])}
+        if any(isinstance(text, (tuple, list)) for text in columns["text"]):
+            if not all(isinstance(text, (tuple, list)) and len(text) == 2 for text in columns["text"]):
+                raise ColumnError(f"The texts of the {role} data should all be strings, or all pairs of strings.")
             columns["text"], columns["text_pair"] = map(list, zip(*columns["text"], strict=True))
         text_column, label_column, names = None, None, None
     else:
@@ -75,9 +77,11 @@ def read_rows(
     texts = _texts(columns[text_names[0]], role)
     pairs = _texts(columns[text_names[1]], role) if len(text_names) == 2 else None
     labels = list(columns[label_name])
+    if pairs is not None and len(pairs) != len(texts):
+        raise ColumnError(f"The {role} data has {len(texts)} first texts but {len(pairs)} second ones.")
     if len(labels) != len(texts):
         raise MissingLabelsError(f"The {role} data has {len(texts)} texts but {len(labels)} labels.")
-    missing = [i for i, label in enumerate(labels) if label is None or label is np.nan or _is_nan(label)]
+    missing = [i for i, label in enumerate(labels) if label is None or _is_nan(label)]
     if missing:
         raise MissingLabelsError(
             f"{len(missing)} of {len(labels)} {role} rows have no label, the first at row {missing[0]}. "
@@ -142,6 +146,8 @@ def encode_labels(rows: Rows, names: tuple[str, ...], problem_type: ProblemType,
             return ids[value]
         if not _is_whole(value):
             raise _label_type_error([value], problem_type)
+        if int(value) == -1:
+            raise MissingLabelsError(f"The {role} data has the label -1, which stands for none (as in GLUE's test splits).")
         if not 0 <= int(value) < len(names):
             raise UnknownLabelError(
                 f"The {role} data has the label id {int(value)}; there are {len(names)} labels, with ids 0 to "
@@ -171,17 +177,22 @@ def encode_labels(rows: Rows, names: tuple[str, ...], problem_type: ProblemType,
     for i, values in enumerate(rows.labels):
         for value in values:
             array[i, encode(value)] = 1
+        if array[i].sum() < len(values):
+            raise LabelTypeError(
+                f"Row {i} of the {role} data names a label twice: {list(values)!r}. A row is a list of different labels, "
+                f"or one 0 or 1 for each of {', '.join(names)}."
+            )
     if role == "train" and not array.any():
         raise OneClassError("No training row carries any label.")
     return array
 
 
 def _columns(source: Any, role: str) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
-    if hasattr(source, "features") and hasattr(source, "column_names"):  # datasets.Dataset
-        if isinstance(source.column_names, Mapping):
-            raise ColumnError(
-                f"The {role} data is a DatasetDict with splits {', '.join(source.column_names)}. Pass one of them."
-            )
+    if isinstance(getattr(source, "column_names", None), Mapping):
+        raise ColumnError(
+            f"The {role} data is a {type(source).__name__} with splits {', '.join(source.column_names)}. Pass one of them."
+        )
+    if hasattr(source, "features") and hasattr(source, "column_names") and hasattr(source, "__len__"):  # datasets.Dataset
         names = {}
         for column, feature in source.features.items():
             inner = getattr(feature, "feature", feature)
@@ -189,9 +200,11 @@ def _columns(source: Any, role: str) -> tuple[dict[str, Any], dict[str, tuple[st
                 names[column] = tuple(inner.names)
         return {column: source[column][:] for column in source.column_names}, names
     if hasattr(source, "columns") and hasattr(source, "to_dict"):  # pandas
-        return {str(column): source[column].tolist() for column in source.columns}, {}
+        plain = source.astype(object)
+        plain = plain.where(plain.notna(), None)  # one kind of missing value
+        return {str(column): plain[column].tolist() for column in plain.columns}, {}
     if isinstance(source, Mapping):
-        return {str(name): list(values) for name, values in source.items()}, {}
+        return {str(name): _listed(values) for name, values in source.items()}, {}
     if isinstance(source, Sequence) and not isinstance(source, str):
         if not source:
             return {}, {}
@@ -201,7 +214,7 @@ def _columns(source: Any, role: str) -> tuple[dict[str, Any], dict[str, tuple[st
             raise MissingLabelsError(f"The {role} data holds texts without labels. Pass a pair: (texts, labels).")
     raise CalibrationError(
         f"The {role} data is a {type(source).__name__}. Pass a datasets.Dataset, a pandas DataFrame, a dict of "
-        "columns, a list of dicts, or a pair (texts, labels)."
+        "columns, a list of dicts, or a pair (texts, labels). Of a stream, take a part: list(stream.take(10_000))."
     )
 
 
@@ -264,6 +277,11 @@ def _numbers(labels: list[Any], role: str) -> np.ndarray:
     return array
 
 
+def _listed(values: Any) -> list[Any]:
+    """A list of plain values, from an array or tensor too."""
+    return list(values.tolist() if hasattr(values, "tolist") else values)
+
+
 def _flat(labels: list[Any], problem_type: ProblemType) -> list[Any]:
     if problem_type == "single_label_classification":
         return labels
@@ -272,7 +290,7 @@ def _flat(labels: list[Any], problem_type: ProblemType) -> list[Any]:
 
 def _are_indicators(labels: list[Any]) -> bool:
     lengths = {len(row) for row in labels}
-    if len(lengths) != 1 or lengths == {0} or lengths == {1}:
+    if len(lengths) != 1 or lengths == {0} or lengths == {1} or any(isinstance(row, set) for row in labels):
         return False
     return all(not isinstance(value, str) and value in (0, 1) for row in labels for value in row)
 

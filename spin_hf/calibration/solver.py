@@ -170,14 +170,15 @@ class _Problem:
     def solve(self, C: float, tol: float, max_steps: int) -> PathPoint:
         penalty, steps = 1.0 / C, 0
         gradient = self.gradient()
-        active = self.weight != 0
+        active, last_gap = self.weight != 0, float("inf")
         while True:
             objective, gaps = self.relative_gaps(gradient, penalty)
             gap = float(gaps.max())
             grown = self.working_set(gradient, penalty, active)
-            if gap <= tol or steps >= max_steps or (steps and bool((grown == active).all()) and gap <= 2 * tol):
+            stuck = bool((grown == active).all()) and gap > last_gap / 2
+            if gap <= tol or steps >= max_steps or stuck:
                 break
-            active = grown
+            active, last_gap = grown, gap
             steps += self._solve_on(active, penalty, tol / 2, max_steps - steps)
             gradient = self.gradient()
         value = float(objective[0] if self.loss.coupled else objective.sum())
