@@ -48,6 +48,7 @@ lowest: $(LOWEST_STAMP)
 $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt "torch==$(TORCH)" -e ".[demo,test]"
+	@rm -f $(LOWEST)/.installed-*
 	@touch $@
 
 clean:

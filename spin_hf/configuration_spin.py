@@ -112,19 +112,24 @@ def _config_from_dict(values: dict[str, Any], source: str | None, revision: str 
     model_type = values.get("model_type")
     if model_type in CONFIG_MAPPING:
         return CONFIG_MAPPING[model_type].from_dict(dict(values))
-    remote_class = (values.get("auto_map") or {}).get("AutoConfig")
+    auto_map = values.get("auto_map") or {}
+    remote_class = auto_map.get("AutoConfig")
     if remote_class is None or source is None:
         raise CheckpointError(
             f"The backbone's model_type is {model_type!r}, which this version of transformers does not know. "
             "Update transformers, or check that the checkpoint is whole."
         )
     if not remote_code_is_trusted():
+        classes = [auto_map[name] for name in ("AutoConfig", "AutoModel") if name in auto_map]
+        places = {name.partition("--")[0] if "--" in name else source for name in classes}
         raise CheckpointError(
-            f"The backbone ({model_type!r}, from {source}) runs code from its repository. Read that code, and if you "
+            f"The backbone ({model_type!r}) runs code from {' and '.join(sorted(places))}. Read that code, and if you "
             "trust it, pass trust_remote_code=True to this call."
         )
     config_class = get_class_from_dynamic_module(remote_class, source, revision=revision)
-    return config_class.from_dict(dict(values))
+    config: PreTrainedConfig = config_class.from_dict(dict(values))
+    config.name_or_path = source  # where AutoModel looks for the model's code
+    return config
 
 
 def _checked_entry(entry: dict[str, Any]) -> dict[str, Any]:

@@ -111,7 +111,8 @@ class SpinPreTrainedModel(PreTrainedModel):
             trust_remote_code: allow a backbone whose code lives in its repository; for this call only.
 
         Raises:
-            CheckpointError: for a folder of another model, a newer format, or a remote-code backbone without trust.
+            CheckpointError: for a folder of another model, a newer format, missing tensors of the features, or a
+                remote-code backbone without trust.
         """
         with trusting_remote_code(bool(trust_remote_code)):
             if kwargs.get("config") is None:
@@ -119,10 +120,14 @@ class SpinPreTrainedModel(PreTrainedModel):
                 kwargs["config"] = config
             elif (attention := kwargs.pop("attn_implementation", None)) is not None:
                 kwargs["config"].backbone_config._attn_implementation = attention
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+            wants_info = kwargs.pop("output_loading_info", False)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        if missing := sorted(name for name in info["missing_keys"] if "standardizer." in name):
+            raise CheckpointError(f"{pretrained_model_name_or_path} lacks {', '.join(missing)}. Save the model again.")
         model.freeze_backbone()  # loading replaces the parameters that __init__ froze
-        return loaded
+        return (model, info) if wants_info else model
 
     @classmethod
     def _load_config(cls, source: Any, kwargs: dict[str, Any]) -> tuple[SpinConfig, dict[str, Any]]:
@@ -586,9 +591,10 @@ def _build_backbone(config: SpinConfig) -> PreTrainedModel:
             "SpinConfig has no backbone_config. Use SpinForSequenceClassification.from_backbone(...) to start from a "
             "pretrained model."
         )
-    return _auto_class(config.backbone_config).from_config(
-        config.backbone_config, trust_remote_code=remote_code_is_trusted()
-    )
+    trust: dict[str, Any] = {"trust_remote_code": remote_code_is_trusted()}
+    if remote_code_is_trusted() and type(config.backbone_config) not in MODEL_MAPPING:
+        trust["code_revision"] = config.backbone_revision  # the code that was read when the model was made, not newer
+    return _auto_class(config.backbone_config).from_config(config.backbone_config, **trust)
 
 
 def _label_names(labels: Sequence[str] | None, num_labels: int | None, problem_type: str) -> list[str]:

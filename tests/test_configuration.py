@@ -91,5 +91,8 @@ def test_a_backbone_that_transformers_does_not_know():
 
 def test_a_backbone_with_remote_code_needs_the_callers_trust():
     values = {"model_type": "tiny", "auto_map": {"AutoConfig": "configuration_tiny.TinyConfig"}}
-    with pytest.raises(CheckpointError, match="'tiny', from someone/model.*trust_remote_code=True"):
+    with pytest.raises(CheckpointError, match=r"\('tiny'\) runs code from someone/model\. .*trust_remote_code=True"):
         config(backbone_config=values, trust_remote_code=True)
+    values["auto_map"]["AutoModel"] = "other/code--modeling_tiny.TinyModel"
+    with pytest.raises(CheckpointError, match="runs code from other/code and someone/model"):
+        config(backbone_config=values)

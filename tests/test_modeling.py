@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from spin_hf import NotCalibratedError, SpinConfig, SpinForSequenceClassification, SpinModel
+from spin_hf.configuration_spin import trusting_remote_code
 from spin_hf.modeling_spin import FeatureGroup
 from spin_hf.taps import Tap
 
@@ -107,7 +108,7 @@ def test_one_row_without_a_mask_warns_of_nothing(bert_backbone, caplog):
 def test_inputs_that_do_not_fit(bert_backbone):
     model = calibrated(bert_backbone)
     batch = make_batch()
-    with pytest.raises(ValueError, match=r"attention_mask should be \(batch, tokens\) = \(4, 9\); got \(4, 8\)"):
+    with pytest.raises(ValueError, match=r"attention_mask should be \(4, 9\) \(batch, tokens\), not \(4, 8\)"):
         model(batch["input_ids"], batch["attention_mask"][:, 1:])
     with pytest.raises(ValueError, match="Give input_ids or inputs_embeds"):
         model(attention_mask=batch["attention_mask"])
@@ -297,6 +298,21 @@ def test_init_builds_from_the_config_alone(name, monkeypatch):
     built.load_state_dict(made.state_dict())
     batch = make_batch()
     assert torch.equal(built.eval()(**batch).logits, made(**batch).logits)
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_trusted_code_is_taken_at_the_stored_revision(bert_backbone, monkeypatch, trust):
+    class RemoteConfig(hf.BertConfig):
+        pass
+
+    config = calibrated(bert_backbone).config
+    config.backbone_config = RemoteConfig()
+    config.backbone_revision = "abc"
+    asked = []
+    monkeypatch.setattr(hf.AutoModel, "from_config", lambda config, **options: asked.append(options) or bert_backbone)
+    with trusting_remote_code(trust):
+        SpinForSequenceClassification(config)
+    assert asked == [{"trust_remote_code": trust, **({"code_revision": "abc"} if trust else {})}]
 
 
 def test_a_fresh_head_is_zero(bert_backbone):

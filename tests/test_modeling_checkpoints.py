@@ -1,7 +1,6 @@
 """Invariants 3 and 4: what is saved, and who may load it."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +145,14 @@ def test_configs_that_are_refused(saved, tmp_path, changes, message):
         SpinForSequenceClassification.from_pretrained(folder)
 
 
+def test_a_checkpoint_without_its_neurons(saved, tmp_path):
+    weights = load_file(rewrite(saved[0]["bert"], tmp_path) / "model.safetensors")
+    del weights["spin.standardizer.neurons"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks spin\.standardizer\.neurons"):
+        SpinForSequenceClassification.from_pretrained(tmp_path)
+
+
 # -- remote code -----------------------------------------------------------------------------------------------------
 
 REMOTE = {
@@ -166,29 +173,14 @@ class TinyModel(BertModel):
 """,
 }
 
-MAKE = """
-import os, sys
-tests, source, target = sys.argv[1:]
-sys.path.insert(0, tests)
-from builders import calibrated, make_batch
-from safetensors.torch import save_file
-from spin_hf import SpinForSequenceClassification
-
-backbone = SpinForSequenceClassification.from_backbone(source, trust_remote_code=True).spin.backbone
-model = calibrated(backbone)
-assert type(backbone).__name__ == "TinyModel" and model.config.backbone_id == source
-model.save_pretrained(target)
-save_file({"logits": model(**make_batch()).logits}, f"{target}/logits.safetensors")
-"""
-
 TRUST = """
 import json, os, pathlib, sys
-tests, folder = sys.argv[1:]
-sys.path.insert(0, tests)
-from builders import make_batch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from spin_hf import CheckpointError, SpinConfig, SpinForSequenceClassification, SpinModel
+
+source, folder, batch, logits = sys.argv[1:]
+batch, logits = load_file(batch), load_file(logits)["logits"]
 
 def refused():
     for auto in (AutoConfig, AutoModelForSequenceClassification, SpinConfig, SpinForSequenceClassification, SpinModel):
@@ -210,24 +202,36 @@ path.write_text(json.dumps(granting))
 refused()
 path.write_text(original)
 assert not ran.exists()
+
 model = SpinForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
-assert ran.exists()
-assert (model(**make_batch()).logits == load_file(f"{folder}/logits.safetensors")["logits"]).all()
+assert ran.exists() and type(model.spin.backbone).__name__ == "TinyModel"
+assert (model(**batch).logits == logits).all()
+refused()
+again = pathlib.Path(folder, "again")
+model.save_pretrained(again)
+assert (SpinForSequenceClassification.from_pretrained(again, trust_remote_code=True)(**batch).logits == logits).all()
+model = SpinForSequenceClassification.from_backbone(source, trust_remote_code=True)
+assert type(model.spin.backbone).__name__ == "TinyModel" and model.config.backbone_id == source
 refused()
 """
 
 
 def test_remote_code_runs_by_the_callers_word_only(tmp_path, run_python, monkeypatch, bert_backbone):
-    tests = Path(__file__).parent
-    source, target = tmp_path / "source", tmp_path / "target"
-    bert_backbone.save_pretrained(source)
+    source, folder = tmp_path / "source", tmp_path / "folder"
     auto_map = {"AutoConfig": "configuration_tiny.TinyConfig", "AutoModel": "modeling_tiny.TinyModel"}
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "model_type": "tiny", "auto_map": auto_map}))
+    bert_backbone.save_pretrained(source)
+    model = calibrated(bert_backbone)
+    model.save_pretrained(folder)
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "model_type": "tiny", "auto_map": auto_map}))
+    values = json.loads((folder / "config.json").read_text())
+    values["backbone_id"] = str(source)
+    values["backbone_config"] |= {"model_type": "tiny", "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(values))
     for name, code in REMOTE.items():
         (source / name).write_text(code)
+    save_file(make_batch(), tmp_path / "batch")
+    save_file({"logits": model(**make_batch()).logits.detach()}, tmp_path / "logits")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setenv("TINY_MARK", str(tmp_path / "made"))
-    run_python(MAKE, tests, source, target)
-    monkeypatch.setenv("TINY_MARK", str(tmp_path / "loaded"))
-    run_python(TRUST, tests, target)
+    monkeypatch.setenv("TINY_MARK", str(tmp_path / "ran"))
+    run_python(TRUST, source, folder, tmp_path / "batch", tmp_path / "logits")

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,7 +140,7 @@ def spin_calibrate(
     )
     problem_type = model.config.problem_type
     task = Task.make(problem_type, names, metric, multiclass)
-    weights = _weights(sample_weight, len(refit), len(rows))
+    weights = _weights(sample_weight, len(rows) if eval is None else len(refit), len(rows))
     class_weights = task.class_weights(labels[refit], class_weight)
     data = Labelled(task, labels, task.targets(labels), task.row_weights(labels, class_weights, weights), folds, refit)
     taps = [tap for tap in model.spin.taps if tap.block <= tried_depths[-1] and _wanted(tap, recipe)]
@@ -172,23 +172,22 @@ def spin_calibrate(
             fitter = HeadFitter(store, data, device, penalty=recipe.head)
             with clock("heads"):
                 tried = _try_heads(fitter, probes, recipe, tried_depths, show)
-                best = min(tried, key=lambda pair: pair[0].rank)
+                best, grid = min(tried, key=lambda pair: pair[0].rank)
                 chosen = best
                 if prefer == "compact":
-                    compact = smallest_within_error(
-                        [c for c, _ in tried], task.metric, labels[data.eval_rows], seed=seed
-                    )
-                    chosen = next(pair for pair in tried if pair[0] is compact)
-                groups, mean, scale, weight, intercept, head_gap = _finish(fitter, *chosen, tol)
+                    every = [candidate for candidate, _ in tried]
+                    compact = smallest_within_error(every, task.metric, labels[data.eval_rows], seed=seed)
+                    chosen, grid = next(pair for pair in tried if pair[0] is compact)
+                final = _finish(fitter, chosen, grid, tol)
+                best = final.candidate if chosen is best else best
             baselines = _baselines(fitter, taps, recipe, blocks, probes)
-    weight, intercept = task.as_logits(weight, intercept)
-    model.spin.set_features(groups, mean, scale, depth=chosen[0].depth)
-    model.set_head(weight, intercept)
+    model.spin.set_features(final.groups, final.mean, final.scale, depth=final.candidate.depth)
+    model.set_head(*task.as_logits(final.weight, final.intercept))
     _write_config(model, task, class_weights, limit, tokenizer)
     everything = [probe for ranked in probes for probe in ranked]
     return CalibrationResult(
-        chosen=chosen[0],
-        best=best[0],
+        chosen=final.candidate,
+        best=best,
         candidates=tuple(sorted((c for c, _ in tried), key=lambda c: c.rank)),
         baselines=baselines,
         metric=task.metric_name,
@@ -207,7 +206,7 @@ def spin_calibrate(
         convergence={
             "worst_gap": max(probe.worst_gap for probe in everything),
             "unconverged": sum(probe.unconverged for probe in everything),
-            "head_gap": head_gap,
+            "head_gap": final.gap,
             "tol": tol,
         },
         probes=tuple(
@@ -289,8 +288,8 @@ def _weights(sample_weight: Sequence[float] | None, trained: int, total: int) ->
     given = np.asarray(sample_weight, dtype=np.float64)
     if given.ndim != 1 or not np.isfinite(given).all() or (given <= 0).any():
         raise CalibrationError("sample_weight must be a list of positive numbers.")
-    if len(given) > total or len(given) < trained:
-        raise CalibrationError(f"sample_weight has {len(given)} values for the rows of train.")
+    if len(given) != trained:
+        raise CalibrationError(f"sample_weight has {len(given)} values for the {trained} rows of train.")
     return np.concatenate([given, np.ones(total - len(given))])
 
 
@@ -360,18 +359,31 @@ def _try_heads(
     return tried
 
 
-def _finish(
-    fitter: HeadFitter, candidate: Candidate, probes: list[Probe], tol: float
-) -> tuple[list[FeatureGroup], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """Groups, mean, scale, weight, intercept and gap of the chosen candidate on the final training rows."""
+@dataclass(frozen=True)
+class _Final:
+    """What is written into the model."""
+
+    candidate: Candidate
+    groups: list[FeatureGroup]
+    mean: torch.Tensor
+    scale: torch.Tensor
+    weight: torch.Tensor
+    intercept: torch.Tensor
+    gap: float
+
+
+def _finish(fitter: HeadFitter, candidate: Candidate, probes: list[Probe], tol: float) -> _Final:
+    """The chosen candidate, fitted on the final training rows."""
     if candidate.probe is None:
-        columns, point = fitter.fit_final(probes, candidate, tol)
-        return columns.groups(), columns.mean, columns.scale, point.weight, point.intercept, point.gap
+        columns, point, candidate = fitter.fit_final(probes, candidate, tol)
+        groups = columns.groups()
+        return _Final(candidate, groups, columns.mean, columns.scale, point.weight, point.intercept, point.gap)
     probe = next(p for p in probes if str(p.tap) == candidate.probe and p.pooling == candidate.pooling)
     fit = probe.fits[-1]
     kept = fit.salience.nonzero()[:, 0]
     group = FeatureGroup(probe.tap, probe.pooling, kept.cpu())
-    return [group], fit.mean[kept], fit.scale[kept], fit.weight[:, kept], fit.intercept, probe.worst_gap
+    mean, scale, weight = fit.mean[kept], fit.scale[kept], fit.weight[:, kept]
+    return _Final(candidate, [group], mean, scale, weight, fit.intercept, probe.worst_gap)
 
 
 def _baselines(

@@ -147,7 +147,9 @@ def encode_labels(rows: Rows, names: tuple[str, ...], problem_type: ProblemType,
         if not _is_whole(value):
             raise _label_type_error([value], problem_type)
         if int(value) == -1:
-            raise MissingLabelsError(f"The {role} data has the label -1, which stands for none (as in GLUE's test splits).")
+            raise MissingLabelsError(
+                f"The {role} data has the label -1, which stands for none (as in GLUE's test splits)."
+            )
         if not 0 <= int(value) < len(names):
             raise UnknownLabelError(
                 f"The {role} data has the label id {int(value)}; there are {len(names)} labels, with ids 0 to "
@@ -192,7 +194,9 @@ def _columns(source: Any, role: str) -> tuple[dict[str, Any], dict[str, tuple[st
         raise ColumnError(
             f"The {role} data is a {type(source).__name__} with splits {', '.join(source.column_names)}. Pass one of them."
         )
-    if hasattr(source, "features") and hasattr(source, "column_names") and hasattr(source, "__len__"):  # datasets.Dataset
+    if (
+        hasattr(source, "features") and hasattr(source, "column_names") and hasattr(source, "__len__")
+    ):  # datasets.Dataset
         names = {}
         for column, feature in source.features.items():
             inner = getattr(feature, "feature", feature)

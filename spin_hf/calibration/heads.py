@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..taps import Tap
 from .probes import Labelled, Probe
 from .ridge import curvature_gram, solve_ridge
-from .selection import Candidate, Columns, combinations
+from .selection import Candidate, Columns, combinations, members
 from .solver import PathPoint, solve_path
 from .store import FeatureStore
 
@@ -46,10 +46,10 @@ class HeadFitter:
     ) -> list[Candidate]:
         """Every kind x pooling x eta x depth that keeps something new and no more than ``max_features``."""
         found: list[Candidate] = []
-        for kind, pooling, members in combinations(probes, combine=combine):
+        for kind, pooling, chosen in combinations(probes, combine=combine):
             for depth in depths:
-                if any(probe.tap.block <= depth for probe in members):
-                    found += self._fit_depth(kind, pooling, members, depth, etas, max_features)
+                if any(probe.tap.block <= depth for probe in chosen):
+                    found += self._fit_depth(kind, pooling, chosen, depth, etas, max_features)
                 advance()
         return found
 
@@ -64,20 +64,32 @@ class HeadFitter:
         score, _, _, _ = self._choose(scores)
         return score, features.shape[1]
 
-    def fit_final(self, probes: Sequence[Probe], candidate: Candidate, tol: float) -> tuple[Columns, PathPoint]:
-        """The chosen candidate's columns and head on the final training rows."""
-        columns = Columns.of(probes, -1)
+    def fit_final(
+        self, probes: Sequence[Probe], candidate: Candidate, tol: float
+    ) -> tuple[Columns, PathPoint, Candidate]:
+        """The chosen candidate's columns and head on the final training rows, solved to ``tol``.
+
+        The candidate comes back with the score of that very head where there are rows that it was not fitted on, as
+        the tighter tolerance may turn a text that stood on the fence.
+        """
         assert candidate.eta is not None
+        columns = Columns.of(members(probes, candidate.kind, candidate.pooling), -1)
         columns = columns.take(columns.kept(candidate.eta, candidate.depth))
         rows = self.data.refit
-        x = columns.read(self.store, self.device)[rows]
+        features = columns.read(self.store, self.device)
+        x = features[rows]
         y, s = self.data.targets[rows], self.data.weights[rows]
         loss = self.data.task.loss
         if self.penalty == "l1":
             points = solve_path(x, y, s, loss, [candidate.C], factors=1.0 / columns.scale.to(x), tol=tol)
         else:
             points = solve_ridge(x, y, s, loss, [candidate.C], tol=tol)
-        return columns, next(iter(points))
+        point = next(iter(points))
+        if len(self.data.folds) == 1:
+            scores = features[self.data.eval_rows] @ point.weight.T + point.intercept
+            score, predictions = self.data.score([scores])
+            candidate = replace(candidate, score=score, predictions=predictions)
+        return columns, point, candidate
 
     def _fit_depth(
         self, kind: str, pooling: str, probes: Sequence[Probe], depth: int, etas: Sequence[float], max_features: int

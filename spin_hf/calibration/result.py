@@ -111,8 +111,8 @@ class CalibrationResult:
         """Read what :meth:`save` wrote."""
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         for name in ("chosen", "best"):
-            values[name] = _candidate_from(values[name])
-        values["candidates"] = tuple(_candidate_from(value) for value in values["candidates"])
+            values[name] = Candidate(**values[name])
+        values["candidates"] = tuple(Candidate(**value) for value in values["candidates"])
         values["kept"], values["probes"] = tuple(values["kept"]), tuple(values["probes"])
         return cls(**values)
 
@@ -125,10 +125,6 @@ def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
     values = asdict(candidate)
     del values["predictions"]
     return values
-
-
-def _candidate_from(values: dict[str, Any]) -> Candidate:
-    return Candidate(**{**values, "loss": float("nan") if values["loss"] is None else values["loss"]})
 
 
 def _without_nan(value: Any) -> Any:

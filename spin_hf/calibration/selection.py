@@ -24,7 +24,7 @@ class Candidate:
 
     ``kind`` is ``hidden``, ``ffn`` or ``both``; ``pooling`` a pooling or ``all``. ``eta`` and ``C`` (the head's) say
     how it was made. A single probe has its tap in ``probe`` and no ``eta``. ``loss`` is the mean loss on the evaluation
-    rows (``nan`` for probes, which are chosen by the metric alone).
+    rows (``None`` for probes, which are chosen by the metric alone).
     """
 
     kind: str
@@ -34,7 +34,7 @@ class Candidate:
     C: float
     num_features: int
     score: float
-    loss: float = float("nan")
+    loss: float | None = None
     probe: str | None = None
     predictions: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
 
@@ -132,6 +132,11 @@ def family(kind: str, tap: Tap) -> bool:
     return kind == BOTH or (kind == "ffn") == (tap.kind == "ffn")
 
 
+def members(probes: Sequence[Probe], kind: str, pooling: str) -> list[Probe]:
+    """The probes that a candidate of this kind and pooling draws on."""
+    return [probe for probe in probes if family(kind, probe.tap) and pooling in (ALL, probe.pooling)]
+
+
 def combinations(probes: Sequence[Probe], *, combine: bool) -> Iterator[tuple[str, str, list[Probe]]]:
     """(kind, pooling, probes) for each kind and pooling at hand; with ``combine`` also both kinds and all poolings."""
     kinds = [kind for kind in KINDS if any(family(kind, probe.tap) for probe in probes)]
@@ -142,9 +147,8 @@ def combinations(probes: Sequence[Probe], *, combine: bool) -> Iterator[tuple[st
         poolings.append(ALL)
     for kind in kinds:
         for pooling in poolings:
-            members = [p for p in probes if family(kind, p.tap) and pooling in (ALL, p.pooling)]
-            if members:
-                yield kind, pooling, members
+            if chosen := members(probes, kind, pooling):
+                yield kind, pooling, chosen
 
 
 def probe_candidate(probe: Probe) -> Candidate:

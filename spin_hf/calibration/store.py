@@ -36,10 +36,10 @@ class FeatureStore:
         rows: int,
     ) -> None:
         self.widths, self.poolings, self.rows = dict(widths), tuple(poolings), rows
-        self._temporary = folder is None
+        self._temporary, made = folder is None, None
         try:
             if folder is None:
-                self.folder = Path(tempfile.mkdtemp(prefix="spin_hf_"))
+                self.folder = made = Path(tempfile.mkdtemp(prefix="spin_hf_"))
             else:
                 self.folder = Path(folder) / fingerprint[:32]
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -49,6 +49,8 @@ class FeatureStore:
                 self._demand_room()
             self._arrays = {tap: self._open(tap, fresh=fresh) for tap in self.widths}
         except OSError as error:
+            if made is not None:
+                shutil.rmtree(made, ignore_errors=True)
             raise OutputFolderError(
                 f'The feature store can\'t be written: {error}. Name a folder with room as cache_dir="...".'
             ) from error

@@ -121,13 +121,13 @@ class Task:
         if spec == "balanced":
             counts = labels.sum(0) if multi else np.bincount(labels, minlength=len(self.names))
             if multi:
-                return [float((len(labels) - c) / max(c, 1)) for c in counts]
+                return [float(max(len(labels) - c, 1) / max(c, 1)) for c in counts]
             return [float(len(labels) / (len(counts) * max(c, 1))) for c in counts]
         if not isinstance(spec, Mapping):
             raise CalibrationError(f"class_weight must be 'balanced' or a dict of label to weight; got {spec!r}.")
         weights = dict.fromkeys(self.names, 1.0)
         for key, value in spec.items():
-            name = self.names[key] if isinstance(key, int) and 0 <= key < len(self.names) else key
+            name = self.names[key] if isinstance(key, (int, np.integer)) and 0 <= key < len(self.names) else key
             if name not in weights:
                 raise UnknownLabelError(f"class_weight names {key!r}; the labels are {', '.join(self.names)}.")
             if not value > 0:

@@ -1,0 +1,287 @@
+"""The whole step, on a tiny random backbone whose embeddings alone tell the label."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from builders import BAD, GOOD
+
+from spin_hf import CalibrationResult, SpinForSequenceClassification, spin_calibrate
+from spin_hf.calibration import CalibrationError, calibrate
+from spin_hf.calibration.errors import MissingLabelsError, NonFiniteFeaturesError
+from spin_hf.demo import load_split
+from spin_hf.prediction import evaluate, predict
+
+QUICK = {"progress": False, "Cs": 4, "etas": (0.5, 1.0)}
+
+
+@pytest.fixture
+def rows(sentiment_rows):
+    return sentiment_rows["text"], sentiment_rows["label"]
+
+
+@pytest.fixture
+def wrap(bert_backbone):
+    def make(**options):
+        return SpinForSequenceClassification.from_backbone(copy.deepcopy(bert_backbone), **options)
+
+    return make
+
+
+def split(data, at=52):
+    texts, labels = data
+    return (texts[:at], labels[:at]), (texts[at:], labels[at:])
+
+
+def test_the_model_scores_what_the_result_says(wrap, tokenizer, rows):
+    train, held_out = split(rows)
+    model = wrap(labels=["bad", "good"])
+    before = copy.deepcopy(model.spin.backbone.state_dict())
+    result = spin_calibrate(model, tokenizer, train, held_out, **QUICK)
+    scores = evaluate(predict(model, tokenizer, held_out[0]), np.array(held_out[1]))
+    assert scores["accuracy"] == pytest.approx(result.chosen.score)
+    assert result.chosen.score >= result.baselines["best probe"]
+    assert result.chosen.score >= 0.8
+    assert result.convergence["head_gap"] <= result.convergence["tol"]
+    assert result.convergence["unconverged"] == 0
+    assert model.spin.depth == result.chosen.depth
+    assert model.config.num_features == result.chosen.num_features == model.score.in_features
+    for name, weight in model.spin.backbone.state_dict().items():
+        assert torch.equal(weight, before[name])
+    assert not any(parameter.requires_grad for parameter in model.spin.backbone.parameters())
+
+
+@pytest.mark.parametrize("multiclass", ["multinomial", "ovr"])
+def test_three_classes(wrap, tokenizer, rows, multiclass):
+    texts, _ = rows
+    labels = [("good" if set(t.split()) & set(GOOD) else "bad") if len(t.split()) > 4 else "short" for t in texts]
+    model = wrap()
+    result = spin_calibrate(model, tokenizer, (texts, labels), metric="macro_f1", multiclass=multiclass, **QUICK)
+    assert list(model.config.id2label.values()) == ["bad", "good", "short"]
+    assert result.chosen.score > 0.5
+    assert model.score.out_features == 3
+
+
+def test_multi_label(wrap, tokenizer, rows):
+    texts, _ = rows
+    labels = [[word for word in ("the", "a", "film", "good") if word in t.split()] for t in texts]
+    model = wrap(problem_type="multi_label_classification")
+    train, held_out = split((texts, labels))
+    result = spin_calibrate(model, tokenizer, train, held_out, class_weight="balanced", **QUICK)
+    prediction = predict(model, tokenizer, held_out[0])
+    truth = np.array([[name in row for name in prediction.names] for row in held_out[1]]).astype(int)
+    assert evaluate(prediction, truth)["micro_f1"] == pytest.approx(result.chosen.score)
+    assert len(model.config.class_weights) == len(prediction.names) == 4
+
+
+def test_regression(wrap, tokenizer, rows):
+    texts, _ = rows
+    values = [float(len(t.split())) for t in texts]
+    model = wrap(problem_type="regression")
+    train, held_out = split((texts, values))
+    result = spin_calibrate(model, tokenizer, train, held_out, **QUICK)
+    prediction = predict(model, tokenizer, held_out[0])
+    assert evaluate(prediction, np.array(held_out[1]))["r2"] == pytest.approx(result.chosen.score, abs=1e-4)
+    assert model.score.out_features == 1
+
+
+def test_sentence_pairs(wrap, tokenizer, rows):
+    texts, labels = rows
+    pairs = [(a, b) for a, b in zip(texts, reversed(texts), strict=True)]
+    model = wrap()
+    train, held_out = split((pairs, labels))
+    result = spin_calibrate(model, tokenizer, train, held_out, **QUICK)
+    first, second = map(list, zip(*held_out[0], strict=True))
+    scores = evaluate(predict(model, tokenizer, first, second), np.array(held_out[1]))
+    assert scores["accuracy"] == pytest.approx(result.chosen.score)
+
+
+def test_without_eval_it_splits_or_cross_validates(wrap, tokenizer, rows):
+    held = spin_calibrate(wrap(), tokenizer, rows, **QUICK)
+    assert (held.data["train_rows"], held.data["eval_rows"]) == (64, 16)
+    folds = spin_calibrate(wrap(), tokenizer, rows, cv=3, **QUICK)
+    assert (folds.data["train_rows"], folds.data["eval_rows"]) == (80, 80)
+    assert "3-fold" in str(folds)
+    with pytest.raises(CalibrationError, match="not both"):
+        spin_calibrate(wrap(), tokenizer, rows, rows, cv=3, **QUICK)
+    with pytest.raises(MissingLabelsError, match="at least 60 rows of each class"):
+        spin_calibrate(wrap(), tokenizer, rows, cv=60, **QUICK)
+
+
+def test_same_input_same_model_to_the_bit(wrap, tokenizer, rows, tmp_path):
+    models = [wrap(), wrap(), wrap()]
+    spin_calibrate(models[0], tokenizer, rows, **QUICK)
+    spin_calibrate(models[1], tokenizer, rows, cache_dir=tmp_path, **QUICK)
+    spin_calibrate(models[2], tokenizer, rows, cache_dir=tmp_path, **QUICK)  # features from the cache
+    for model in models[1:]:
+        assert model.config.features == models[0].config.features
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, models[0].state_dict()[name]), name
+
+
+def test_a_cache_serves_other_settings_without_another_forward(wrap, tokenizer, rows, tmp_path, monkeypatch):
+    spin_calibrate(wrap(), tokenizer, rows, cache_dir=tmp_path, **QUICK)
+    model = wrap()
+    monkeypatch.setattr(model.spin, "run_backbone", lambda *a, **k: pytest.fail("the backbone ran again"))
+    spin_calibrate(model, tokenizer, rows, cache_dir=tmp_path, progress=False, Cs=[0.1, 1.0], metric="matthews")
+
+
+def test_a_killed_calibration_goes_on(wrap, tokenizer, rows, tmp_path, monkeypatch):
+    whole = wrap()
+    spin_calibrate(whole, tokenizer, rows, batch_tokens=64, **QUICK)
+    monkeypatch.setattr("spin_hf.calibration.extraction._COMMIT_SECONDS", 0.0)
+    model = wrap()
+    run, calls = model.spin.run_backbone, []
+
+    def dying(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(model.spin, "run_backbone", dying)
+    with pytest.raises(KeyboardInterrupt):
+        spin_calibrate(model, tokenizer, rows, batch_tokens=64, cache_dir=tmp_path, **QUICK)
+    again = wrap()
+    run_again, later = again.spin.run_backbone, []
+    monkeypatch.setattr(again.spin, "run_backbone", lambda *a, **k: (later.append(1), run_again(*a, **k)))
+    spin_calibrate(again, tokenizer, rows, batch_tokens=64, cache_dir=tmp_path, **QUICK)
+    batches = calibrate.plan_batches([len(ids) for ids in tokenizer(rows[0])["input_ids"]], 64)
+    assert len(later) == len(batches) - 4
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+
+
+def test_evaluation_labels_choose_but_do_not_train(wrap, tokenizer, rows):
+    train, held_out = split(rows)
+    flipped = (held_out[0], [1 - label for label in held_out[1]])
+    options = {**QUICK, "Cs": [0.5], "etas": [], "kinds": ["hidden"], "poolings": ["mean"], "max_depth": 1}
+    models = [wrap(), wrap()]
+    results = [
+        spin_calibrate(m, tokenizer, train, e, **options) for m, e in zip(models, (held_out, flipped), strict=True)
+    ]
+    fitted = [{(p["tap"], p["C"]): p["num_features"] for p in result.probes} for result in results]
+    assert fitted[0] == fitted[1]
+    assert results[0].baselines != results[1].baselines
+
+
+def test_limits_hold_and_compact_is_smaller(wrap, tokenizer, rows):
+    train, held_out = split(rows)
+    free = spin_calibrate(wrap(), tokenizer, train, held_out, **QUICK)
+    small = spin_calibrate(wrap(), tokenizer, train, held_out, max_features=6, max_depth=2, **QUICK)
+    assert all(c.num_features <= 6 and c.depth <= 2 for c in small.candidates)
+    compact = spin_calibrate(wrap(), tokenizer, train, held_out, prefer="compact", **QUICK)
+    assert compact.best.score == free.chosen.score
+    assert compact.chosen.num_features <= compact.best.num_features
+    scores = [c.score for c in free.frontier]
+    assert scores == sorted(scores)
+    with pytest.raises(CalibrationError, match="max_features"):
+        spin_calibrate(wrap(), tokenizer, train, held_out, max_features=1, Cs=[50.0], progress=False)
+
+
+def test_weights_of_rows_and_classes_matter(wrap, tokenizer, rows):
+    texts, labels = rows
+    rare = [i for i, y in enumerate(labels) if y == 0 or i % 8 == 1]
+    data = ([texts[i] for i in rare], [labels[i] for i in rare])
+    plain, balanced, dictionary, rowwise = (wrap() for _ in range(4))
+    options = {**QUICK, "kinds": ["hidden"], "poolings": ["mean"], "Cs": [0.3], "etas": [1.0], "depths": [3]}
+    spin_calibrate(plain, tokenizer, data, rows, **options)
+    spin_calibrate(balanced, tokenizer, data, rows, class_weight="balanced", **options)
+    weights = balanced.config.class_weights
+    assert weights[1] > weights[0]
+    spin_calibrate(dictionary, tokenizer, data, rows, class_weight=dict(enumerate(weights)), **options)
+    spin_calibrate(rowwise, tokenizer, data, rows, sample_weight=[weights[y] for y in data[1]], **options)
+    assert torch.equal(balanced.score.weight, dictionary.score.weight)
+    assert not torch.equal(balanced.score.bias, plain.score.bias)
+    assert rowwise.config.class_weights is None
+    assert predict(balanced, tokenizer, texts).labels.sum() > predict(plain, tokenizer, texts).labels.sum()
+
+
+def test_paper_preset_keeps_its_rules(wrap, tokenizer, rows):
+    result = spin_calibrate(
+        wrap(),
+        tokenizer,
+        rows,
+        preset="paper",
+        Cs=[1.0, 10.0],
+        etas=[0.3, 1.0],
+        poolings=["mean", "max"],
+        progress=False,
+    )
+    assert {c.kind for c in result.candidates} <= {"hidden", "ffn"}
+    assert {c.pooling for c in result.candidates} <= {"mean", "max"}
+    assert {c.C for c in result.candidates} <= {1.0, 10.0}
+    assert {c.depth for c in result.candidates} == {3}
+    assert all(c.probe is None for c in result.candidates)
+
+
+def test_result_reads_back(wrap, tokenizer, rows, tmp_path):
+    result = spin_calibrate(wrap(), tokenizer, rows, **QUICK)
+    result.save(tmp_path / "calibration.json")
+    again = CalibrationResult.load(tmp_path / "calibration.json")
+    assert str(again) == str(result)
+    assert again.chosen == result.chosen
+    frame = result.to_pandas()
+    assert len(frame) == len(result.candidates)
+    assert frame["score"].is_monotonic_decreasing
+    for stage in ("tokenize", "extract", "probe", "heads", "total"):
+        assert result.seconds[stage] >= 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kinds": ["attention"]}, "kinds"),
+        ({"poolings": []}, "poolings"),
+        ({"etas": [0.0]}, "eta"),
+        ({"Cs": [-1.0]}, "Cs"),
+        ({"depths": [9]}, "3 blocks"),
+        ({"metric": "r2"}, "r2"),
+        ({"preset": "best"}, "preset"),
+        ({"prefer": "small"}, "prefer"),
+        ({"class_weight": {"odd": 2.0}}, "odd"),
+        ({"sample_weight": [1.0]}, "sample_weight"),
+        ({"multiclass": "pairs"}, "multiclass"),
+    ],
+)
+def test_options_are_checked_before_the_work(wrap, tokenizer, rows, monkeypatch, options, message):
+    monkeypatch.setattr(calibrate, "extract", lambda *a: pytest.fail("work began"))
+    with pytest.raises(CalibrationError, match=message):
+        spin_calibrate(wrap(), tokenizer, rows, progress=False, **options)
+
+
+def test_a_second_calibration_is_refused(wrap, tokenizer, rows):
+    model = wrap()
+    spin_calibrate(model, tokenizer, rows, **QUICK)
+    with pytest.raises(CalibrationError, match="calibrated already"):
+        spin_calibrate(model, tokenizer, rows, **QUICK)
+
+
+def test_damaged_weights_are_named_by_tap(wrap, tokenizer, rows):
+    model = wrap()
+    with torch.no_grad():
+        model.spin.layout.block_list(model.spin.backbone)[1].output.dense.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteFeaturesError, match=r"Tap hidden\.2"):
+        spin_calibrate(model, tokenizer, rows, **QUICK)
+
+
+def test_long_texts_are_cut_and_counted(wrap, tokenizer, rows):
+    texts, labels = rows
+    texts = [f"{text} {' '.join(['film'] * 90)}" if i < 3 else text for i, text in enumerate(texts)]
+    model = wrap()
+    result = spin_calibrate(model, tokenizer, (texts, labels), **QUICK)
+    assert (result.data["truncated"], result.data["max_length"]) == (3, 64)
+    assert "3 texts were cut to 64 tokens" in str(result)
+    assert predict(model, tokenizer, texts).truncated == 3
+
+
+def test_real_model_beats_its_last_layer(minilm_path):
+    from transformers import AutoTokenizer
+
+    train, held_out = load_split("train")[:160], load_split("validation")[:100]
+    model = SpinForSequenceClassification.from_backbone(minilm_path)
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    result = spin_calibrate(model, tokenizer, train, held_out, progress=False, poolings=["mean"], Cs=6)
+    assert result.chosen.score > result.baselines["last layer (mean)"]
+    assert set(BAD).isdisjoint(model.config.id2label.values())

@@ -1,0 +1,272 @@
+"""Texts into features: batches, tokens, resumption, and what can go wrong on the way."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spin_hf import SpinForSequenceClassification, spin_calibrate
+from spin_hf.calibration import extraction
+from spin_hf.calibration.errors import (
+    EmptyTextError,
+    NonFiniteFeaturesError,
+    OutputFolderError,
+    PadTokenError,
+    TokenizerMismatchError,
+)
+from spin_hf.calibration.extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
+from spin_hf.calibration.store import FeatureStore, required_bytes
+from spin_hf.pooling import POOLINGS, pool
+from spin_hf.taps import attach, record, tap_width
+
+BUDGET = 40
+
+
+@pytest.fixture
+def model(bert_backbone):
+    return SpinForSequenceClassification.from_backbone(bert_backbone)
+
+
+@pytest.fixture
+def encoded(tokenizer, sentiment_rows):
+    return encode(tokenizer, sentiment_rows["text"][:20], None, 64)
+
+
+@pytest.fixture
+def open_store(tmp_path):
+    def make(model, encoded, folder=tmp_path, key="key"):
+        widths = {tap: tap_width(model.spin.backbone, model.spin.layout, tap) for tap in model.spin.taps}
+        return FeatureStore(folder, fingerprint=key, widths=widths, poolings=POOLINGS, rows=len(encoded.input_ids))
+
+    return make
+
+
+def fill(model, encoded, store, advance=lambda tokens: None):
+    extract(model.spin, encoded, store, plan_batches(encoded.lengths, BUDGET), 0, advance)
+
+
+def everything(store):
+    return {(tap, pooling): store.read(tap, pooling) for tap in store.widths for pooling in store.poolings}
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 200))
+@settings(deadline=None)
+def test_batches(lengths, budget):
+    batches = plan_batches(lengths, budget)
+    assert sorted(row for rows in batches for row in rows) == list(range(len(lengths)))
+    in_order = [lengths[row] for rows in batches for row in rows]
+    assert in_order == sorted(in_order, reverse=True)
+    for rows, following in zip(batches, [*batches[1:], None], strict=True):
+        longest = max(lengths[row] for row in rows)
+        assert len(rows) == 1 or len(rows) * longest <= budget
+        assert following is None or (len(rows) + 1) * longest > budget  # no room for one more
+    assert plan_batches(tuple(lengths), budget) == batches
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_features_are_those_of_each_text_alone(name, make_backbone, tokenizer, encoded, open_store):
+    model = SpinForSequenceClassification.from_backbone(make_backbone(name))
+    taps = model.spin.taps
+    if name != "bert":  # llama takes no token types
+        encoded = extraction.Encoded(encoded.input_ids, None, 64, 0)
+    with open_store(model, encoded) as store:
+        fill(model, encoded, store)
+        found = everything(store)
+    hooks = attach(model.spin.backbone, model.spin.layout, taps)
+    for row, ids in enumerate(encoded.input_ids):
+        alone = {}
+        with record(taps, lambda tap, values, alone=alone: alone.update({tap: values})), torch.no_grad():
+            model.spin.backbone(input_ids=torch.tensor([ids]))
+        for tap, values in alone.items():
+            expected = pool(values, torch.ones(1, len(ids)), POOLINGS)[0].numpy()
+            for pooling, one in zip(POOLINGS, expected, strict=True):
+                np.testing.assert_allclose(found[tap, pooling][row], one, atol=1e-5 * max(1.0, np.abs(one).max()))
+    for hook in hooks:
+        hook.remove()
+
+
+def test_pairs_keep_their_token_types(tokenizer):
+    encoded = encode(tokenizer, ["a film", "plot"], ["good", "it was bad"], 64)
+    assert encoded.token_type_ids == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
+    assert encoded.lengths == [6, 7]
+
+
+def test_long_texts_are_cut_and_counted(tokenizer):
+    texts = ["film " * 3, "film " * 4, "film " * 30]
+    encoded = encode(tokenizer, texts, None, 6)
+    assert (encoded.lengths, encoded.truncated, encoded.max_length) == ([5, 6, 6], 1, 6)
+    assert encoded.input_ids[2][-1] == tokenizer.sep_token_id
+    assert encode(tokenizer, texts, None, None).lengths == [5, 6, 32]
+
+
+def test_texts_without_tokens(tokenizer):
+    tokenizer._tokenizer.post_processor = None  # no special tokens, as many decoders' tokenizers have it
+    encoded = encode(tokenizer, ["", "good film"], None, 64)
+    assert encoded.input_ids == [
+        [tokenizer.pad_token_id],
+        [tokenizer.convert_tokens_to_ids(w) for w in ("good", "film")],
+    ]
+    with pytest.raises(EmptyTextError, match="single token"):
+        encode(tokenizer, ["", ""], None, 64)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("bert", 64), ("roberta", 64), ("t5", 64), ("llama", 64)])
+def test_window(name, limit, make_backbone, tokenizer):
+    """RoBERTa has a position more than it can use, T5 none at all."""
+    model = SpinForSequenceClassification.from_backbone(make_backbone(name))
+    assert window(tokenizer, model) == limit
+    tokenizer.model_max_length = 16
+    assert window(tokenizer, model) == 16
+    tokenizer.model_max_length = 10**30
+    assert window(tokenizer, model) == (None if name == "t5" else limit)
+
+
+def test_a_tokenizer_without_padding(model, tokenizer):
+    tokenizer.pad_token = None
+    with pytest.raises(PadTokenError, match=r"tokenizer\.pad_token = tokenizer\.eos_token"):
+        check_tokenizer(tokenizer, model)
+
+
+def test_a_tokenizer_of_another_model(model, tokenizer):
+    check_tokenizer(tokenizer, model)
+    tokenizer.add_tokens([f"word{i}" for i in range(30)])
+    with pytest.raises(TokenizerMismatchError, match=f"up to {len(tokenizer) - 1}.*embeds only 64"):
+        check_tokenizer(tokenizer, model)
+
+
+def test_fingerprint_tells_what_the_features_depend_on(model, make_backbone, tokenizer, sentiment_rows, encoded):
+    def taken(spin=model.spin, encoded=encoded, taps=model.spin.taps, poolings=("mean", "max"), budget=BUDGET):
+        return fingerprint(spin, encoded, taps, poolings, budget)
+
+    other = SpinForSequenceClassification.from_backbone(make_backbone("bert"))
+    first = taken()
+    assert first == taken(spin=other.spin) == taken(encoded=encode(tokenizer, sentiment_rows["text"][:20], None, 32))
+    with torch.no_grad():
+        other.spin.backbone.embeddings.word_embeddings.weight[63, 31] += 1e-6
+    tokens = encode(tokenizer, [*sentiment_rows["text"][:19], "film"], None, 64)
+    pairs = encode(tokenizer, sentiment_rows["text"][:20], ["film"] * 20, 64)
+    others = [
+        taken(spin=other.spin),
+        taken(encoded=tokens),
+        taken(encoded=pairs),
+        taken(encoded=extraction.Encoded(pairs.input_ids, encoded.token_type_ids, 64, 0)),
+        taken(taps=model.spin.taps[1:]),
+        taken(poolings=("max", "mean")),
+        taken(budget=BUDGET + 1),
+        taken(spin=model.spin.to(torch.bfloat16)),
+    ]
+    assert len({first, *others}) == len(others) + 1
+
+
+def test_a_killed_extraction_goes_on_where_it_stopped(model, encoded, open_store, monkeypatch):
+    with open_store(model, encoded, key="whole") as store:
+        fill(model, encoded, store)
+        whole = everything(store)
+    batches = plan_batches(encoded.lengths, BUDGET)
+    monkeypatch.setattr(extraction, "_COMMIT_SECONDS", -1.0)
+    run, forwards, seen = model.spin.run_backbone, [], []
+
+    def counted(ids, *arguments):
+        forwards.append(len(ids))
+        return run(ids, *arguments)
+
+    def killed(tokens):
+        seen.append(tokens)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.spin, "run_backbone", counted)
+    with open_store(model, encoded) as store, pytest.raises(KeyboardInterrupt):
+        fill(model, encoded, store, killed)
+    assert forwards == [len(rows) for rows in batches[:3]]
+    forwards.clear()
+    progress = []
+    with open_store(model, encoded) as store:
+        assert store.batches_done == 2  # the third was not recorded as safe
+        fill(model, encoded, store, progress.append)
+        resumed = everything(store)
+    assert forwards == [len(rows) for rows in batches[2:]]
+    assert sum(progress) == sum(encoded.lengths)
+    assert all(np.array_equal(resumed[key], whole[key]) for key in whole)
+    forwards.clear()
+    with open_store(model, encoded) as store:
+        fill(model, encoded, store)
+    assert not forwards
+
+
+def test_a_store_of_other_shape_is_not_taken_up(model, encoded, open_store, tokenizer):
+    with open_store(model, encoded) as store:
+        fill(model, encoded, store)
+    fewer = encode(tokenizer, ["film"] * 3, None, 64)
+    with pytest.raises(OutputFolderError, match="remove the folder"):
+        open_store(model, fewer)
+
+
+def test_some_columns_can_be_read(model, encoded, open_store):
+    with open_store(model, encoded) as store:
+        fill(model, encoded, store)
+        tap = model.spin.taps[1]
+        columns = np.array([3, 0, 7])
+        assert np.array_equal(store.read(tap, "max", columns), store.read(tap, "max")[:, columns])
+        assert (
+            store.bytes
+            == required_bytes(store.widths, POOLINGS, 20)
+            == sum(values.nbytes for values in everything(store).values())
+        )
+
+
+@pytest.mark.parametrize(
+    ("part", "tap"), [("embeddings.LayerNorm", r"hidden\.0"), ("encoder.layer.1.output.dense", r"hidden\.2")]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_damaged_name_the_first_tap_that_shows_it(part, tap, value, model, encoded, open_store):
+    with torch.no_grad():
+        model.spin.backbone.get_submodule(part).bias[0] = value
+    with open_store(model, encoded) as store, pytest.raises(NonFiniteFeaturesError, match=f"Tap {tap} produced"):
+        fill(model, encoded, store)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_temporary_store_leaves_nothing_behind(fails, model, tokenizer, sentiment_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen = []
+
+    def watch(*arguments):
+        seen.extend(tmp_path.glob("spin_hf_*/*.npy"))
+        if fails:
+            raise RuntimeError("out of memory")
+        return extract(*arguments)
+
+    monkeypatch.setattr("spin_hf.calibration.calibrate.extract", watch)
+    data = sentiment_rows["text"][:40], sentiment_rows["label"][:40]
+    options = {"progress": False, "kinds": ["hidden"], "poolings": ["mean"], "Cs": 2, "etas": [1.0]}
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            spin_calibrate(model, tokenizer, data, **options)
+    else:
+        spin_calibrate(model, tokenizer, data, **options)
+    assert len(seen) == 4
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("temporary", [False, True])
+def test_a_disk_too_small_is_seen_before_the_work(temporary, model, encoded, open_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
+    with pytest.raises(OutputFolderError, match="0.0 GB free, the features need .*cache_dir"):
+        open_store(model, encoded, folder=None if temporary else tmp_path)
+    assert not list(tmp_path.rglob("*.npy"))
+    assert not list(tmp_path.glob("spin_hf_*"))
+
+
+def test_a_folder_that_is_a_file(model, encoded, open_store, tmp_path):
+    Path(tmp_path / "file").write_text("")
+    with pytest.raises(OutputFolderError, match="cache_dir"):
+        open_store(model, encoded, folder=tmp_path / "file")
