@@ -319,11 +319,12 @@ def _probe_all(
             ranked = fit_probe(
                 features, tap, pooling, data, Cs=recipe.Cs, raw=recipe.raw, stop_early=not recipe.shared_C, tol=tol
             )
-            if ranked and ranked[0].num_features:
-                found.append(ranked if recipe.shared_C else ranked[:1])
+            kept = [probe for probe in (ranked if recipe.shared_C else ranked[:1]) if probe.num_features]
+            if kept:
+                found.append(kept)
             advance(1)
     if not found:
-        raise CalibrationError("No neuron of any tap carries the label: every probe is empty.")
+        raise CalibrationError("No neuron of any tap carries the label: every probe is empty. Try larger Cs.")
     return found
 
 

@@ -135,41 +135,54 @@ def encode_labels(rows: Rows, names: tuple[str, ...], problem_type: ProblemType,
     """
     if problem_type == "regression":
         return _numbers(rows.labels, role)
-    # The data set's own ids need not be the model's: go through the names where both have them.
-    own = rows.names if rows.names is not None and set(rows.names) <= set(names) else None
-    ids = {name: i for i, name in enumerate(names)}
+    encode = _LabelEncoder(rows, names, problem_type, role)
+    if problem_type == "multi_label_classification":
+        return _indicators(rows, names, encode, role)
+    nested = [value for value in rows.labels if isinstance(value, (list, tuple, np.ndarray, set))]
+    if nested:
+        raise LabelTypeError(
+            f"The {role} data has lists of labels such as {nested[0]!r}, but the model has one label per text. "
+            'Use problem_type="multi_label_classification" in from_backbone.'
+        )
+    array = np.array([encode(value) for value in rows.labels], dtype=np.int64)
+    if role == "train" and len(np.unique(array)) < 2:
+        raise OneClassError(
+            f"All {len(array)} training rows have the label {names[int(array[0])]!r}; a classifier needs two."
+        )
+    return array
 
-    def encode(value: Any) -> int:
+
+class _LabelEncoder:
+    """One label, a name or an id, as the model's id."""
+
+    def __init__(self, rows: Rows, names: tuple[str, ...], problem_type: ProblemType, role: str) -> None:
+        self.names, self.problem_type, self.role = names, problem_type, role
+        self.ids = {name: i for i, name in enumerate(names)}
+        # The data set's own ids need not be the model's: go through the names where both have them.
+        self.own = rows.names if rows.names is not None and set(rows.names) <= set(names) else None
+
+    def __call__(self, value: Any) -> int:
         if isinstance(value, str):
-            if value not in ids:
-                raise UnknownLabelError(f"The {role} data has the label {value!r}; the labels are {', '.join(names)}.")
-            return ids[value]
+            if value not in self.ids:
+                raise UnknownLabelError(
+                    f"The {self.role} data has the label {value!r}; the labels are {', '.join(self.names)}."
+                )
+            return self.ids[value]
         if not _is_whole(value):
-            raise _label_type_error([value], problem_type)
+            raise _label_type_error([value], self.problem_type)
         if int(value) == -1:
             raise MissingLabelsError(
-                f"The {role} data has the label -1, which stands for none (as in GLUE's test splits)."
+                f"The {self.role} data has the label -1, which stands for none (as in GLUE's test splits)."
             )
-        if not 0 <= int(value) < len(names):
+        if not 0 <= int(value) < len(self.names):
             raise UnknownLabelError(
-                f"The {role} data has the label id {int(value)}; there are {len(names)} labels, with ids 0 to "
-                f"{len(names) - 1}. Name all of them with labels=[...] in from_backbone."
+                f"The {self.role} data has the label id {int(value)}; there are {len(self.names)} labels, ids 0 to "
+                f"{len(self.names) - 1}. Name all of them with labels=[...] in from_backbone."
             )
-        return ids[own[int(value)]] if own is not None else int(value)
+        return self.ids[self.own[int(value)]] if self.own is not None else int(value)
 
-    if problem_type == "single_label_classification":
-        nested = [value for value in rows.labels if isinstance(value, (list, tuple, np.ndarray, set))]
-        if nested:
-            raise LabelTypeError(
-                f"The {role} data has lists of labels such as {nested[0]!r}, but the model has one label per text. "
-                'Use problem_type="multi_label_classification" in from_backbone.'
-            )
-        array = np.array([encode(value) for value in rows.labels], dtype=np.int64)
-        if role == "train" and len(np.unique(array)) < 2:
-            raise OneClassError(
-                f"All {len(array)} training rows have the label {names[int(array[0])]!r}; a classifier needs two."
-            )
-        return array
+
+def _indicators(rows: Rows, names: tuple[str, ...], encode: _LabelEncoder, role: str) -> np.ndarray:
     flat = [value for value in rows.labels if not isinstance(value, (list, tuple, np.ndarray, set))]
     if flat:
         raise LabelTypeError(f"A multi-label row should be a list of labels; the {role} data has {flat[0]!r}.")
@@ -181,8 +194,8 @@ def encode_labels(rows: Rows, names: tuple[str, ...], problem_type: ProblemType,
             array[i, encode(value)] = 1
         if array[i].sum() < len(values):
             raise LabelTypeError(
-                f"Row {i} of the {role} data names a label twice: {list(values)!r}. A row is a list of different labels, "
-                f"or one 0 or 1 for each of {', '.join(names)}."
+                f"Row {i} of the {role} data names a label twice: {list(values)!r}. A row is a list of different "
+                f"labels, or one 0 or 1 for each of {', '.join(names)}."
             )
     if role == "train" and not array.any():
         raise OneClassError("No training row carries any label.")
@@ -192,11 +205,10 @@ def encode_labels(rows: Rows, names: tuple[str, ...], problem_type: ProblemType,
 def _columns(source: Any, role: str) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
     if isinstance(getattr(source, "column_names", None), Mapping):
         raise ColumnError(
-            f"The {role} data is a {type(source).__name__} with splits {', '.join(source.column_names)}. Pass one of them."
+            f"The {role} data is a {type(source).__name__} with splits {', '.join(source.column_names)}. Pass one of "
+            "them."
         )
-    if (
-        hasattr(source, "features") and hasattr(source, "column_names") and hasattr(source, "__len__")
-    ):  # datasets.Dataset
+    if all(hasattr(source, name) for name in ("features", "column_names", "__len__")):  # datasets.Dataset
         names = {}
         for column, feature in source.features.items():
             inner = getattr(feature, "feature", feature)

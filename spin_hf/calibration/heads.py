@@ -141,7 +141,7 @@ class HeadFitter:
             yield eta, [features[held_out][:, index] @ p.weight.T + p.intercept for p in points]
 
     def _ridge(self, x: Tensor, rows: np.ndarray, gram: Tensor | None) -> list[PathPoint]:
-        Cs = [variance / x.shape[1] for variance in _LOGIT_VARIANCES]
+        Cs = [variance / max(x.shape[1], 1) for variance in _LOGIT_VARIANCES]  # the probes of a fold may all be empty
         y, s = self.data.targets[rows], self.data.weights[rows]
         return list(solve_ridge(x, y, s, self.data.task.loss, Cs, gram=gram, tol=self.tol))
 

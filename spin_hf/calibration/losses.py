@@ -119,4 +119,5 @@ class Squared:
         return s.expand_as(z).sum(0).diag()
 
     def dual(self, theta: Tensor, y: Tensor, s: Tensor) -> Tensor:
-        return (theta * y).sum(0) - (theta.square() / s).sum(0) / 2
+        centred = y - y.mean(0)  # theta sums to zero but for rounding, which a large mean would blow up
+        return (theta * centred).sum(0) - (theta.square() / s).sum(0) / 2

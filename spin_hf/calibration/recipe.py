@@ -43,6 +43,8 @@ class Recipe:
         grid = (recipe.Cs,) if isinstance(recipe.Cs, int) else recipe.Cs
         if not grid or not all(C > 0 for C in grid):
             raise CalibrationError(f"Cs must be a positive number of values, or positive values; got {recipe.Cs}.")
+        if recipe.shared_C and isinstance(recipe.Cs, int):
+            raise CalibrationError("The paper's preset has one C for all layers: give Cs as a list of values.")
         if recipe.max_features < 1 or (recipe.max_depth is not None and recipe.max_depth < 1):
             raise CalibrationError("max_features and max_depth must be at least 1.")
         ordered = recipe.Cs if isinstance(recipe.Cs, int) else tuple(sorted(recipe.Cs))

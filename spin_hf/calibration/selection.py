@@ -111,7 +111,7 @@ class Columns:
 
     def read(self, store: FeatureStore, device: torch.device) -> Tensor:
         """The standardised features ``(n, columns)`` of all rows."""
-        parts = []
+        parts = [torch.zeros(store.rows, 0)]
         for i, probe in enumerate(self.probes):
             mine = self.neuron[self.owner == i]
             if len(mine):
