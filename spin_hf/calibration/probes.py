@@ -13,7 +13,7 @@ from ..taps import Tap
 from .solver import PathPoint, smallest_useful_C, solve_path
 from .task import Task
 
-_PATIENCE = 2  # points without a better score after which a path ends
+_PATIENCE = 2  # points without a better score, or without a lower loss, after which a path ends
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def fit_probe(
         Cs: the grid, ascending; a number asks for that many, each twice the last, from twice the smallest C that
             gives any weight.
         raw: penalise the weights of the raw features instead of the standardised ones.
-        stop_early: end the path once the score has not improved for two values of C.
+        stop_early: end the path once the score, or the held-out loss, has not improved for two values of C.
         tol: relative duality gap.
 
     Returns:
@@ -121,7 +121,7 @@ def fit_probe(
         factors = 1.0 / scale if raw else None
         problems.append(solve_path(x[rows], y, s, loss, grids, factors=factors, tol=tol))
     probes: list[Probe] = []
-    best, since_best = -np.inf, 0
+    best = lowest = (np.inf, 0)  # what was reached, and how many points ago
     for points in zip(*problems, strict=True):
         scores = [
             x[held_out] @ point.weight.T + point.intercept
@@ -129,12 +129,16 @@ def fit_probe(
         ]
         score, predictions = data.score(scores)
         probes.append(_probe(tap, pooling, score, predictions, points, standard, raw))
-        best, since_best = (score, 0) if score > best else (best, since_best + 1)
-        if stop_early and since_best >= _PATIENCE:
+        best, lowest = _least(best, -score), _least(lowest, data.held_out_loss(scores))
+        if stop_early and max(best[1], lowest[1]) >= _PATIENCE:
             break
     table = tuple((probe.C, probe.score) for probe in probes)
     ranked = sorted(probes, key=lambda probe: (-probe.score, probe.C))
     return [Probe(**{**vars(probe), "scores_by_C": table}) for probe in ranked]
+
+
+def _least(reached: tuple[float, int], value: float) -> tuple[float, int]:
+    return (value, 0) if value < reached[0] else (reached[0], reached[1] + 1)
 
 
 def _probe(

@@ -6,16 +6,17 @@ Minimises, for each ``C`` in turn, with the intercept ``b`` left free::
 
 which is scikit-learn's objective ``C * sum(loss) + ||W||_1`` divided by ``C``, with a factor ``f_j`` per feature (1 by
 default). Factors ``1 / scale_j`` on features standardised by ``scale_j`` give the solution of the raw features in
-well-conditioned coordinates. The path runs from the strongest penalty
-to the weakest, each solution starting from the last.
+well-conditioned coordinates. The path runs from the strongest penalty to the weakest, each solution starting from the
+last.
 
-Method. A proximal Newton iteration on a working set of columns (those with a weight, and those whose gradient is
-largest), in the spirit of glmnet (Friedman et al. 2010) and of celer's working sets (Massias et al. 2018): the rows'
-curvature gives one small Gram matrix for all output columns, the L1 quadratic on it is solved by FISTA with restarts
-(Beck and Teboulle 2009; O'Donoghue and Candes 2015), and a line search makes every step a descent. Outside the working
-set nothing is touched until the working set is solved; then one pass over all columns yields the gradient, from which
-come both the next working set and a dual feasible point, hence the gap. It is a certificate: the objective can't be
-improved by more than ``gap`` times itself, whatever the solver did on the way.
+Method. A proximal Newton iteration on a working set of weights (those that are not zero, and those whose gradient is
+largest), in the spirit of glmnet (Friedman et al. 2010) and of celer's working sets (Massias et al. 2018). Curvature of
+the rows gives a small Gram matrix for each output column; coupled columns share their exact joint Hessian, and where
+that would be too large they move in turn. The L1 quadratic on it is solved by FISTA with restarts (Beck and Teboulle
+2009; O'Donoghue and Candes 2015), and a line search makes every step a descent. Outside the working set nothing is
+touched until the working set is solved; then one pass over all columns yields the gradient, from which come both the
+next working set and a dual feasible point, hence the gap. It is a certificate: the objective can't be improved by more
+than ``gap`` times itself, whatever the solver did on the way.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from torch import Tensor
 
 from .losses import Loss
 
-_SMALLEST_WORKING_SET = 128
+_LEAST_ADDED = 32  # weights of a column that may enter the working set at once; more once its support is large
 _STEPS_PER_GRAM = 4
-_LARGEST_JOINT = 2048  # weights of coupled columns up to which their whole Hessian is made
+_STEPS_PER_SOLVE = 20
+_LARGEST_JOINT = 4096  # weights of coupled columns up to which their whole Hessian is made
 _PATIENCE = 20  # steps without a better gap after which rounding is taken to be the limit
 
 
@@ -161,10 +163,10 @@ class _Problem:
         return primal, (primal - dual).clamp_min(0) / primal.clamp_min(1e-300)
 
     def working_set(self, gradient: Tensor, penalty: float, active: Tensor) -> Tensor:
-        """``active`` and, in each column, the weights that break the optimality conditions most: about double."""
+        """``active`` and, in each column, some weights that break the optimality conditions most."""
         score = gradient.abs().masked_fill(active, 0.0)
         support = int((self.weight != 0).sum(0).max())
-        best, rows = torch.topk(score, min(len(score), max(_SMALLEST_WORKING_SET, support)), dim=0)
+        best, rows = torch.topk(score, min(len(score), max(_LEAST_ADDED, support // 4)), dim=0)
         return active.scatter(0, rows, active.gather(0, rows) | (best >= penalty))
 
     def solve(self, C: float, tol: float, max_steps: int) -> PathPoint:
@@ -192,34 +194,41 @@ class _Problem:
         members = torch.nn.functional.pad(active[union].T, (0, 1), value=True)  # (K, columns of x)
         penalties = penalty * torch.cat([factors[:, 0], factors.new_zeros(1)]).double().expand(members.shape)
         present = torch.cat([self.weight[union].double(), self.intercept[None]]).T
-        quadratic = _Quadratic(x, members, joint=self.loss.coupled and int(members.sum()) <= _LARGEST_JOINT)
-        age, accuracy = _STEPS_PER_GRAM, 0.1
-        least = float(factors.min()) if len(factors) else 1.0
+        parts = [_Quadratic(x, part, joint=self.loss.coupled) for part in self._parts(members)]
+        accuracy, least = 0.1, float(factors.min()) if len(factors) else 1.0
         lowest, since_lowest = float("inf"), 0
         for step in range(1, max_steps + 1):
-            z = self.scores + self.intercept
-            if age >= _STEPS_PER_GRAM:
-                quadratic.bend(self.loss, z, self.s)
-                age = 0
-            slope = (x.T @ self.residual().to(x.dtype)).double().T
-            move = quadratic.minimise(slope, penalties, present, accuracy * penalty * least) - present
-            promised = (penalties * ((present + move).abs() - present.abs()) - slope * move).sum(1)
-            shift = (x @ move.T.to(x.dtype)).double()
-            length = self._line_search(z, shift, present, move, penalties, promised)
-            present = present + length[:, None] * move
-            age = age + 1 if bool((length == 1.0).all()) else _STEPS_PER_GRAM
-            self.intercept = present[:, -1]
-            self.scores = z + length * shift - self.intercept
+            stood = True
+            for part in parts:
+                z = self.scores + self.intercept
+                part.bend(self.loss, z, self.s)
+                slope = (x.T @ self.residual().to(x.dtype)).double().T
+                move = part.move(slope, penalties, present, accuracy * penalty * least)
+                promised = (penalties * ((present + move).abs() - present.abs()) - slope * move).sum(1)
+                shift = (x @ move.T.to(x.dtype)).double()
+                length = self._line_search(z, shift, present, move, penalties, promised)
+                present = present + length[:, None] * move
+                part.fits = part.fits and bool((length == 1.0).all())
+                stood = stood and bool((length == 0.0).all())
+                self.intercept = present[:, -1]
+                self.scores = z + length * shift - self.intercept
+                self.balance()
+                present[:, -1] = self.intercept
             self.weight[union] = present[:, :-1].T.to(x.dtype)
-            self.balance()
-            present[:, -1] = self.intercept
             gradient = x[:, :-1].T @ self.residual().to(x.dtype) / factors
             gap = float(self.relative_gaps(gradient * members[:, :-1].T, penalty)[1].max())
             lowest, since_lowest = (gap, 0) if gap < 0.9 * lowest else (lowest, since_lowest + 1)
-            if gap <= tol or bool((length == 0.0).all()) or since_lowest >= _PATIENCE:
+            if gap <= tol or stood or since_lowest >= _PATIENCE:
                 return step
-            accuracy = max(min(accuracy / 2, 0.1 * gap**0.5), 1e-7)
+            accuracy = max(min(accuracy / 2, 0.1 * gap**0.5), 0.1 * tol)
         return max_steps
+
+    def _parts(self, members: Tensor) -> list[Tensor]:
+        """``members`` in parts that move in turn: coupled columns are split where their Hessian would be too large."""
+        if not self.loss.coupled:
+            return [members]
+        part = members.sum(1).cumsum(0).sub(1) // _LARGEST_JOINT
+        return [members * (part == i)[:, None] for i in part.unique()]
 
     def _line_search(
         self, z: Tensor, shift: Tensor, present: Tensor, move: Tensor, penalties: Tensor, promised: Tensor
@@ -248,7 +257,7 @@ class _Problem:
 
 class _Quadratic:
     """The second-order model of the loss in the working set's weights: one problem for each output column, or, where
-    they are coupled and few enough, a joint one with the exact Hessian.
+    they are coupled, a joint one with the exact Hessian.
 
     Args:
         x: ``(n, m)``, the last column ones.
@@ -258,15 +267,24 @@ class _Quadratic:
 
     def __init__(self, x: Tensor, members: Tensor, *, joint: bool) -> None:
         self.x, self.joint, self.shape = x, joint, members.shape
-        members = members.reshape(1 if joint else len(members), -1)
-        self.sizes = members.sum(1).tolist()
-        # For each problem its weights' places in a row of `members`; rows of fewer weights are padded.
-        self.own = members.int().argsort(dim=1, descending=True, stable=True)[:, : max(self.sizes)]
-        self.real = members.gather(1, self.own)
+        flat = members.reshape(1 if joint else len(members), -1)
+        self.sizes = flat.sum(1).tolist()
+        # For each problem its weights' places in a row of `flat`; rows of fewer weights are padded.
+        self.own = flat.int().argsort(dim=1, descending=True, stable=True)[:, : max(self.sizes)]
+        self.real = flat.gather(1, self.own)
         self.gram = x.new_zeros(len(self.own), *self.own.shape[1:] * 2, dtype=torch.float64)
+        self.rings = self.own.new_zeros(0, len(members))
+        if joint:
+            places = (flat[0].cumsum(0) - 1).reshape(members.shape)[:, :-1]
+            self.rings = places[:, members[:, :-1].all(0)].T
+        self.age, self.fits = _STEPS_PER_GRAM, True
 
     def bend(self, loss: Loss, z: Tensor, s: Tensor) -> None:
-        """Take the curvature at these scores."""
+        """Take the curvature at these scores, if the present one is old or did not fit the last step."""
+        self.age += 1
+        if self.fits and self.age <= _STEPS_PER_GRAM:
+            return
+        self.age, self.fits = 1, True
         if self.joint:
             self._bend_jointly(torch.softmax(z, 1).to(self.x.dtype), s.to(self.x.dtype))
         else:
@@ -287,16 +305,17 @@ class _Quadratic:
             part = self.x[:, column[mine]]
             self.gram[0, mine[:, None], mine] += (part.T @ (s * p[:, k, None] * part)).double()
 
-    def minimise(self, slope: Tensor, penalties: Tensor, present: Tensor, accuracy: float) -> Tensor:
-        """The weights ``(K, m)`` where the model plus ``penalties * |weights|`` is least."""
+    def move(self, slope: Tensor, penalties: Tensor, present: Tensor, accuracy: float) -> Tensor:
+        """The way ``(K, m)`` from ``present`` to where the model plus ``penalties * |weights|`` is least."""
 
         def gather(values: Tensor) -> Tensor:
             return values.reshape(len(self.own), -1).gather(1, self.own)
 
         start = gather(present) * self.real
         linear = _times(self.gram, start) + gather(slope) * self.real
-        found = _l1_quadratic(self.gram, linear, gather(penalties), self.bound, start, accuracy)
-        return torch.zeros_like(present).reshape(len(self.own), -1).scatter(1, self.own, found).reshape(self.shape)
+        found = _l1_quadratic(self.gram, linear, gather(penalties), self.bound, start, accuracy, self.rings)
+        move = torch.zeros_like(present).reshape(len(self.own), -1).scatter(1, self.own, found - start)
+        return move.reshape(self.shape)
 
 
 def _times(gram: Tensor, v: Tensor) -> Tensor:
@@ -315,12 +334,21 @@ def _largest_eigenvalues(gram: Tensor, rounds: int = 20) -> Tensor:
 
 
 def _l1_quadratic(
-    gram: Tensor, linear: Tensor, penalties: Tensor, bound: Tensor, start: Tensor, accuracy: float, limit: int = 500
+    gram: Tensor,
+    linear: Tensor,
+    penalties: Tensor,
+    bound: Tensor,
+    start: Tensor,
+    accuracy: float,
+    rings: Tensor,
+    limit: int = 500,
 ) -> Tensor:
     """Minimise ``<v, gram v> / 2 - <linear, v> + sum penalties |v|`` until no coordinate's slope is off by more.
 
     A batch of them, one in each row. FISTA finds the signs, an exact solve on the support finds the values: each is
-    slow where the other is quick.
+    slow where the other is quick. ``rings`` ``(r, K)`` are coordinates of a joint problem that change nothing but the
+    penalty when they move together: such a direction has no exact solution until one of them is at zero, where the
+    penalty wants their median.
     """
 
     def objective(v: Tensor) -> Tensor:
@@ -329,19 +357,24 @@ def _l1_quadratic(
     bound = bound[:, None].clamp_min(1e-30)
     threshold = penalties / bound
     v, u, momentum = start, start, torch.ones_like(bound)
+    lowest = torch.full_like(bound, torch.inf)
     for i in range(1, limit + 1):
         w = u + (linear - _times(gram, u)) / bound
         w = w.sign() * (w.abs() - threshold).clamp_min(0)
         if i % 10 == 0 and float(((w - u).abs() * bound).max()) <= accuracy:
             return w
-        if i % 50 == 0:
-            toward = _minimise_on_support(gram, linear, penalties, w) - w
+        if i % _STEPS_PER_SOLVE == 0:
+            w[:, rings] -= w[:, rings].median(2, keepdim=True).values
+            toward, value = _minimise_on_support(gram, linear, penalties, w) - w, objective(w)
+            v = w
             for length in (1.0, 0.3, 0.1):
                 trial = w + length * toward
                 trial = torch.where((trial * w > 0) | (penalties == 0), trial, torch.zeros_like(trial))
-                v = trial if length == 1.0 else torch.where(objective(trial) < objective(v), trial, v)
-            v = u = torch.where(objective(v) < objective(w), v, w)
-            momentum = torch.ones_like(bound)
+                tried = objective(trial)
+                v, value = torch.where(tried < value, trial, v), torch.minimum(tried, value)
+            if bool((value >= lowest - 1e-12 * lowest.abs()).all()):
+                return v  # as good as float64 can tell
+            u, lowest, momentum = v, value, torch.ones_like(bound)
         else:
             if i % 10 == 0:
                 momentum = torch.where(((u - w) * (w - v)).sum(1, keepdim=True) > 0, 1.0, momentum)

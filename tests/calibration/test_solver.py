@@ -80,6 +80,25 @@ def test_multinomial_against_saga(C):
     assert_equally_good(Multinomial(), (x, y, s), point, other.coef_, other.intercept_)
 
 
+def test_weak_penalty_on_an_even_number_of_classes():
+    """Half the classes up, half down: a feature's weights may shift together, and the Hessian is flat that way."""
+    x, y, s = make(Multinomial(), rows=400, outputs=6, columns=20)
+    points = list(solve_path(x, y, s, Multinomial(), [1.0, 30.0, 1000.0]))
+    assert all(point.converged for point in points)
+    shifted = points[-1].weight - points[-1].weight.median(0).values
+    assert points[-1].weight.abs().sum() <= (1 + 1e-4) * shifted.abs().sum()
+
+
+@pytest.mark.parametrize("largest", [1, 25, 60])
+def test_classes_too_many_for_one_hessian_move_in_turn(monkeypatch, largest):
+    problem = make(Multinomial(), outputs=7, columns=40)
+    whole = solve(*problem, Multinomial(), 0.3)
+    monkeypatch.setattr("spin_hf.calibration.solver._LARGEST_JOINT", largest)
+    parts = solve(*problem, Multinomial(), 0.3)
+    assert parts.converged
+    assert parts.objective == pytest.approx(whole.objective, rel=1e-4)
+
+
 @pytest.mark.parametrize("C", [0.01, 0.2])
 def test_squared_against_lasso(C):
     x, y, s = make(Squared())
