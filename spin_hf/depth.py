@@ -14,31 +14,35 @@ def truncate(backbone: PreTrainedModel, layout: Layout, depth: int) -> None:
     value per block (``layer_types`` and the like) are cut to the same length.
 
     Raises:
-        ValueError: unless ``1 <= depth <= number of blocks``.
+        ValueError: unless ``1 <= depth <= number of blocks``, or where :func:`why_whole` has a reason.
     """
-    blocks = layout.block_list(backbone)
-    total = len(blocks)
+    total = layout.depth(backbone)
     if not 1 <= depth <= total:
         raise ValueError(f"depth must lie between 1 and the backbone's {total} blocks; got {depth}.")
     if depth == total:
         return
+    if reason := why_whole(backbone, layout):
+        raise ValueError(f"{reason} Keep all blocks with depths=[{total}].")
     shorten_config(backbone.config, total, depth)
-    del blocks[depth:]
+    del layout.module_list(backbone)[-(-depth // layout.calls) :]
+
+
+def why_whole(backbone: PreTrainedModel, layout: Layout) -> str | None:
+    """Why a backbone can't be truncated and built again from its config; ``None`` if it can."""
+    total, named = layout.depth(backbone), getattr(backbone.config.get_text_config(), "num_hidden_layers", None)
+    if named != total:
+        return (
+            f"{type(backbone.config).__name__} gives num_hidden_layers={named}, but {total} blocks were found, so a "
+            "truncated model could not be rebuilt from its config."
+        )
+    if layout.calls > 1 and len(layout.module_list(backbone)) > 1:
+        return f"Blocks of {type(backbone).__name__} share modules by their total number, which truncation changes."
+    return None
 
 
 def shorten_config(config: PreTrainedConfig, total: int, depth: int) -> None:
-    """Set the number of blocks in a config and cut its per-block lists.
-
-    Raises:
-        ValueError: if the config does not say ``num_hidden_layers``, so that no truncated model could be rebuilt.
-    """
+    """Set the number of blocks in a config and cut its per-block lists."""
     text = config.get_text_config()
-    if getattr(text, "num_hidden_layers", None) != total:
-        raise ValueError(
-            f"{type(text).__name__} gives num_hidden_layers={getattr(text, 'num_hidden_layers', None)}, but {total} "
-            "blocks were found, so a truncated model could not be rebuilt from its config. Keep all blocks with "
-            f"depths=[{total}]."
-        )
     for name, value in list(vars(text).items()):
         per_block = isinstance(value, (list, tuple)) and len(value) == total and not name.startswith("_")
         if per_block and name != "architectures" and not name.endswith("token_id"):

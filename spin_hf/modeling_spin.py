@@ -90,7 +90,6 @@ class SpinPreTrainedModel(PreTrainedModel):
     config_class = SpinConfig
     base_model_prefix = "spin"
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
     # Not all of the standardizer: its indices would become floats.
     _keep_in_fp32_modules_strict = ["score", "standardizer.mean", "standardizer.scale"]
 
@@ -178,6 +177,7 @@ class SpinModel(SpinPreTrainedModel):
         if backbone is None:
             backbone = _build_backbone(config)
         self.backbone = backbone
+        self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
         config.backbone_config = backbone.config
         if config.layout is None:
             config.layout = find_layout(backbone).to_dict()
@@ -199,7 +199,7 @@ class SpinModel(SpinPreTrainedModel):
     @property
     def depth(self) -> int:
         """Number of blocks that run."""
-        return len(self.layout.block_list(self.backbone))
+        return self.layout.depth(self.backbone)
 
     def feature_groups(self) -> list[FeatureGroup]:
         """The kept neurons, group by group, in the order of the feature vector."""
@@ -296,7 +296,7 @@ class SpinModel(SpinPreTrainedModel):
             self.run_backbone(input_ids, mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         with torch.autocast(self.standardizer.mean.device.type, enabled=False):
             features = self.standardizer(torch.cat([part for tap, _ in self.groups for part in pooled[tap]], 1))
-        if return_dict is False:
+        if not _wants_dict(return_dict, self.config):
             return (features,)
         return SpinModelOutput(features=features)
 
@@ -342,18 +342,19 @@ class SpinModel(SpinPreTrainedModel):
         self.backbone.eval()
 
     def unfreeze_backbone(self, from_block: int | None = None) -> None:
-        """Train the backbone too: all of it, or the blocks from ``from_block`` (counted from 1) upwards.
+        """Train the backbone too: all of it, or only the blocks from ``from_block`` (counted from 1) and what follows.
 
         Raises:
             ValueError: if ``from_block`` is not one of the blocks.
         """
-        if from_block is None:
-            self.backbone.requires_grad_(True)
-        else:
-            if not 1 <= from_block <= self.depth:
-                raise ValueError(f"from_block must lie between 1 and {self.depth}; got {from_block}.")
-            for block in self.layout.block_list(self.backbone)[from_block - 1 :]:
-                block.requires_grad_(True)
+        if from_block is not None and not 1 <= from_block <= self.depth:
+            raise ValueError(f"from_block must lie between 1 and {self.depth}; got {from_block}.")
+        self.backbone.requires_grad_(from_block is None)
+        if from_block is not None:
+            for block in range(from_block, self.depth + 1):
+                self.layout.module(self.backbone, block).requires_grad_(True)
+            if self.layout.norm is not None:
+                self.backbone.get_submodule(self.layout.norm).requires_grad_(True)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> SpinModel:
@@ -387,6 +388,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
     def __init__(self, config: SpinConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.spin = SpinModel(config, backbone)
+        self.supports_gradient_checkpointing = self.spin.supports_gradient_checkpointing
         self.score = _linear(config.num_features, config.num_labels)
         self.post_init()
 
@@ -478,14 +480,16 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
             output_features: return the feature vectors too.
 
         Returns:
-            Loss (with labels), logits and, on request, features; a tuple with ``return_dict=False``.
+            Loss (with labels), logits and, on request, features; a tuple where ``return_dict``, here or in the config,
+            is false.
         """
-        hidden = self.spin(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        hidden = self.spin(*inputs, return_dict=True, **kwargs)
         with torch.autocast(hidden.features.device.type, enabled=False):
             logits = self.score(hidden.features)
             loss = None if labels is None else self._loss(logits, labels.to(logits.device))
         features = hidden.features if output_features else None
-        if return_dict is False:
+        if not _wants_dict(return_dict, self.config):
             return tuple(part for part in (loss, logits, features) if part is not None)
         return SpinSequenceClassifierOutput(loss=loss, logits=logits, features=features)
 
@@ -525,6 +529,10 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.spin.set_input_embeddings(value)
+
+
+def _wants_dict(asked: bool | None, config: SpinConfig) -> bool:
+    return bool(config.return_dict if asked is None else asked)
 
 
 def _linear(num_features: int, num_labels: int) -> nn.Linear:

@@ -8,10 +8,11 @@ structure can't tell, both can be given by hand, as dotted names.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -54,22 +55,24 @@ class Layout:
     """Dotted names of the places where a backbone can be tapped. Stored in the config, so it is searched for once.
 
     ``blocks`` is the block list inside the backbone, ``ffn`` the down projection inside a block (or ``None``), ``norm``
-    the final norm inside the backbone (or ``None``).
+    the final norm inside the backbone (or ``None``). ``calls`` says how many blocks in a row share one module of the
+    list, as in ALBERT; block and module are told apart by the number of the call.
     """
 
     blocks: str
     ffn: str | None
     norm: str | None
+    calls: int = 1
 
-    def to_dict(self) -> dict[str, str | None]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, str | None]) -> Layout:
-        return cls(str(values["blocks"]), values["ffn"], values["norm"])
+    def from_dict(cls, values: dict[str, Any]) -> Layout:
+        return cls(values["blocks"], values["ffn"], values["norm"], values.get("calls", 1))
 
-    def block_list(self, backbone: nn.Module) -> nn.ModuleList:
-        """The backbone's blocks. Raises :class:`TapError` where there are none under that name."""
+    def module_list(self, backbone: nn.Module) -> nn.ModuleList:
+        """The modules of the blocks. Raises :class:`TapError` where there are none under that name."""
         found = _submodule(backbone, self.blocks)
         if not isinstance(found, nn.ModuleList) or not len(found):
             raise TapError(
@@ -78,20 +81,43 @@ class Layout:
             )
         return found
 
-    def down_projection(self, block: nn.Module) -> nn.Module | None:
-        return None if self.ffn is None else _submodule(block, self.ffn)
+    def depth(self, backbone: nn.Module) -> int:
+        """Number of blocks that run."""
+        modules = len(self.module_list(backbone))
+        return modules if self.calls == 1 else _config_depth(backbone) or modules
+
+    def module(self, backbone: nn.Module, block: int) -> nn.Module:
+        """The module of a block, counted from 1."""
+        return self.module_list(backbone)[(block - 1) // self.calls]
+
+    def down_projection(self, backbone: nn.Module, block: int) -> nn.Module | None:
+        return None if self.ffn is None else _submodule(self.module(backbone, block), self.ffn)
 
     def taps(self, backbone: nn.Module) -> list[Tap]:
         """Every tap of the backbone, from the embeddings up."""
-        blocks = self.block_list(backbone)
+        depth = self.depth(backbone)
         found = [Tap("hidden", 0)]
-        for number, block in enumerate(blocks, 1):
-            if self.down_projection(block) is not None:
+        for number in range(1, depth + 1):
+            if self.down_projection(backbone, number) is not None:
                 found.append(Tap("ffn", number))
             found.append(Tap("hidden", number))
         if self.norm is not None:
-            found.append(Tap("norm", len(blocks)))
+            found.append(Tap("norm", depth))
         return found
+
+    def _hooked(self, backbone: nn.Module, tap: Tap) -> tuple[nn.Module, bool, int]:
+        """For a tap its module, whether to read the module's input, and the number of the call."""
+        if tap.kind == "norm":
+            norm = _submodule(backbone, str(self.norm))
+            assert norm is not None
+            return norm, False, 1
+        block = max(1, tap.block)
+        module, call = self.module(backbone, block), (block - 1) % self.calls + 1
+        if tap.kind == "hidden":
+            return module, tap.block == 0, call
+        down = self.down_projection(backbone, block)
+        assert down is not None  # taps() lists only blocks that have one
+        return down, True, call
 
 
 def find_layout(backbone: nn.Module, *, blocks: str | None = None, ffn: str | None = None) -> Layout:
@@ -120,7 +146,8 @@ def find_layout(backbone: nn.Module, *, blocks: str | None = None, ffn: str | No
             )
         blocks = max(lists, key=lambda name: len(lists[name]))
     layout = Layout(blocks, None, _final_norm(backbone, blocks))
-    first = layout.block_list(backbone)[0]
+    first, count = layout.module(backbone, 1), len(layout.module_list(backbone))
+    layout = replace(layout, calls=max(1, (_config_depth(backbone) or count) // count))
     if ffn is not None:
         if _submodule(first, ffn) is None:
             candidates = [name for name, module in first.named_modules() if _shape(module)]
@@ -128,16 +155,17 @@ def find_layout(backbone: nn.Module, *, blocks: str | None = None, ffn: str | No
                 f"The blocks of {type(backbone).__name__} have no module {ffn!r}. "
                 f'Linear layers in a block: {", ".join(candidates)}. Name one of them with ffn="...".'
             )
-        return Layout(blocks, ffn, layout.norm)
-    return Layout(blocks, _find_ffn(first, _hidden_size(backbone)), layout.norm)
+        return replace(layout, ffn=ffn)
+    return replace(layout, ffn=_find_ffn(first, _hidden_size(backbone)))
 
 
 class _Recording:
-    """What one forward reads: the callback, and how often each tap was seen."""
+    """What one forward reads: the callback, how often each hook was called, and how often each tap was seen."""
 
     def __init__(self, read: Callable[[Tap, Tensor], None]) -> None:
         self.read = read
-        self.seen: dict[Tap, int] = {}
+        self.calls: Counter[_Read] = Counter()
+        self.seen: Counter[Tap] = Counter()
 
 
 # One recording at a time in each thread and task. Hooks look it up here, so that they hold no reference to a model:
@@ -159,11 +187,11 @@ def record(taps: Sequence[Tap], read: Callable[[Tap, Tensor], None]) -> Iterator
     finally:
         _recording.reset(token)
     for tap in taps:
-        count = recording.seen.get(tap, 0)
-        if count != 1:
+        if recording.seen[tap] != 1:
             raise TapError(
-                f"Tap {tap} was read {count} times in one forward, not once. The module is skipped, or shared and "
-                "called again; name the right modules with blocks= and ffn=, or leave this kind out with kinds=."
+                f"Tap {tap} was read {recording.seen[tap]} times in one forward, not once. The module is skipped, or "
+                "shared and called again; name the right modules with blocks= and ffn=, or leave this kind out with "
+                "kinds=."
             )
 
 
@@ -179,43 +207,50 @@ def attach(backbone: nn.Module, layout: Layout, taps: Sequence[Tap]) -> list[Rem
         raise TapError(
             f"{type(backbone).__name__} has no {', '.join(missing)}. It has: {', '.join(map(str, available))}."
         )
-    blocks = layout.block_list(backbone)
-    handles = []
+    hooks: dict[tuple[nn.Module, bool], dict[int, Tap]] = {}
     for tap in taps:
-        if tap == Tap("hidden", 0):
-            handles.append(blocks[0].register_forward_pre_hook(_ReadInput(tap), with_kwargs=True))
-        elif tap.kind == "ffn":
-            down = layout.down_projection(blocks[tap.block - 1])
-            assert down is not None  # layout.taps lists only blocks that have one
-            handles.append(down.register_forward_pre_hook(_ReadInput(tap), with_kwargs=True))
-        elif tap.kind == "hidden":
-            handles.append(blocks[tap.block - 1].register_forward_hook(_ReadOutput(tap)))
-        else:
-            norm = _submodule(backbone, str(layout.norm))
-            assert norm is not None
-            handles.append(norm.register_forward_hook(_ReadOutput(tap)))
-    return handles
+        module, reads_input, call = layout._hooked(backbone, tap)
+        hooks.setdefault((module, reads_input), {})[call] = tap
+    return [
+        module.register_forward_pre_hook(_ReadInput(by_call, layout.calls), with_kwargs=True)
+        if reads_input
+        else module.register_forward_hook(_ReadOutput(by_call, layout.calls))
+        for (module, reads_input), by_call in hooks.items()
+    ]
 
 
 class _Read:
-    def __init__(self, tap: Tap) -> None:
-        self.tap = tap
+    """Delivers a module's activations to the recording, each call to its own tap.
+
+    A call beyond the number of blocks that share the module counts as another one of its last tap.
+    """
+
+    def __init__(self, by_call: dict[int, Tap], calls: int) -> None:
+        self.by_call, self.calls = by_call, calls
 
     def _deliver(self, value: Any) -> None:
         recording = _recording.get()
         if recording is None:
             return
+        recording.calls[self] += 1
+        number = recording.calls[self]
+        if number > self.calls:
+            recording.seen[self.by_call[max(self.by_call)]] += 1
+        elif number in self.by_call:
+            self._read(recording, self.by_call[number], value)
+
+    def _read(self, recording: _Recording, tap: Tap, value: Any) -> None:
         if not isinstance(value, Tensor) or value.dim() != 3:
             found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise TapError(f"Tap {self.tap} should see activations (batch, tokens, width), but it saw {found}.")
-        recording.seen[self.tap] = recording.seen.get(self.tap, 0) + 1
+            raise TapError(f"Tap {tap} should see activations (batch, tokens, width), but it saw {found}.")
+        recording.seen[tap] += 1
         if not torch.is_grad_enabled():
-            recording.read(self.tap, value)
+            recording.read(tap, value)
             return
         # Inside a checkpointed block: what reading saves for backward is not recomputed, so the checkpoint must not
         # count it. Detached, since a graph that holds its own output would never be freed.
         with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _as_it_is):
-            recording.read(self.tap, value)
+            recording.read(tap, value)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -293,6 +328,11 @@ def _hidden_size(backbone: nn.Module) -> int:
     return int(size)
 
 
+def _config_depth(backbone: nn.Module) -> int | None:
+    depth: int | None = getattr(backbone.config.get_text_config(), "num_hidden_layers", None)  # type: ignore[union-attr,operator]
+    return depth
+
+
 def _final_norm(backbone: nn.Module, blocks: str) -> str | None:
     """The norm that stands beside the block list and after it."""
     parent_name, _, own_name = blocks.rpartition(".")
@@ -312,7 +352,7 @@ def tap_width(backbone: nn.Module, layout: Layout, tap: Tap) -> int:
     """Number of neurons of a tap."""
     if tap.kind != "ffn":
         return _hidden_size(backbone)
-    down = layout.down_projection(layout.block_list(backbone)[tap.block - 1])
+    down = layout.down_projection(backbone, tap.block)
     shape = _shape(down) if down is not None else None
     if shape is None:
         raise TapError(f'Tap {tap} is not a linear layer, so its width is unknown. Name one with ffn="...".')

@@ -109,6 +109,7 @@ _GROUPED = {**_SMALL, "num_key_value_heads": 2}
 
 CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "bert": lambda: hf.BertConfig(**_SMALL),
+    "albert": lambda: hf.AlbertConfig(**_SMALL, embedding_size=16),
     "distilbert": lambda: hf.DistilBertConfig(
         vocab_size=SIZE, dim=32, n_layers=3, n_heads=4, hidden_dim=48, max_position_embeddings=SIZE
     ),

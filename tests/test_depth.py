@@ -77,3 +77,12 @@ def test_a_config_that_disagrees_leaves_the_backbone_whole(bert_backbone):
     with pytest.raises(ValueError, match=r"num_hidden_layers=5, but 3 blocks.*depths=\[3\]"):
         truncate(bert_backbone, find_layout(bert_backbone), 2)
     assert len(bert_backbone.encoder.layer) == 3
+
+
+def test_groups_of_shared_modules_leave_the_backbone_whole():
+    backbone = make_backbone("albert", num_hidden_layers=4, num_hidden_groups=2)
+    layout = find_layout(backbone)
+    assert (layout.calls, layout.depth(backbone)) == (2, 4)
+    with pytest.raises(ValueError, match=r"share modules.*depths=\[4\]"):
+        truncate(backbone, layout, 3)
+    assert len(backbone.encoder.albert_layer_groups) == 2

@@ -204,7 +204,7 @@ def test_from_backbone_writes_the_config(tmp_path, bert_backbone):
     assert model.spin.backbone.dtype == torch.bfloat16
     assert (config.backbone_id, config.problem_type) == (str(tmp_path), "single_label_classification")
     assert (config.id2label, config.label2id) == ({0: "no", 1: "yes"}, {"no": 0, "yes": 1})
-    assert config.layout == {"blocks": "encoder.layer", "ffn": "output.dense", "norm": None}
+    assert config.layout == {"blocks": "encoder.layer", "ffn": "output.dense", "norm": None, "calls": 1}
     assert not model.training
     assert not model.calibrated
 

@@ -14,6 +14,7 @@ from spin_hf.taps import Layout, Tap, attach, find_layout, record, tap_width
 
 LAYOUTS = {
     "bert": ("encoder.layer", "output.dense", None),
+    "albert": ("encoder.albert_layer_groups", "albert_layers.0.ffn_output", None),
     "distilbert": ("transformer.layer", "ffn.lin2", None),
     "roberta": ("encoder.layer", "output.dense", None),
     "gpt2": ("h", "mlp.c_proj", "ln_f"),
@@ -221,6 +222,34 @@ def read_toy(model, layout, x):
     return {name: seen.count(name) for name in seen}
 
 
+def test_blocks_that_share_a_module_are_told_apart_by_the_call():
+    toy = Toy([Block()], order=[0, 0, 0])
+    toy.config.num_hidden_layers = 3
+    layout = find_layout(toy)
+    assert layout.calls == 3
+    assert [str(tap) for tap in layout.taps(toy)] == [
+        "hidden.0", "ffn.1", "hidden.1", "ffn.2", "hidden.2", "ffn.3", "hidden.3"
+    ]  # fmt: skip
+    wanted = [Tap.parse(name) for name in ("hidden.0", "ffn.2", "hidden.2", "hidden.3")]
+    attach(toy, layout, wanted)
+    seen, x = {}, torch.randn(1, 2, 8)
+    with torch.no_grad(), record(wanted, lambda tap, value: seen.__setitem__(str(tap), value)):
+        output = toy(x)
+    block = toy.blocks[0]
+    with torch.no_grad():
+        after = block(block(x))
+        assert torch.equal(seen["hidden.0"], x)
+        assert torch.equal(seen["ffn.2"], block.up(block(x)).relu())
+        assert torch.equal(seen["hidden.2"], after)
+        assert torch.equal(seen["hidden.3"], output)
+    toy.order = [0, 0, 0, 0]
+    with pytest.raises(TapError, match="read 2 times"), record(wanted, lambda tap, value: None):
+        toy(x)
+    toy.order = [0, 0]
+    with pytest.raises(TapError, match=r"Tap hidden.3 was read 0 times"), record(wanted, lambda tap, value: None):
+        toy(x)
+
+
 def test_values_that_are_not_batch_tokens_width():
     model = Toy([Block()])
     with pytest.raises(TapError, match=r"Tap hidden.0 should see.*a tensor of shape \(2, 8\)"):
@@ -271,8 +300,9 @@ def test_hooks_hold_nothing_but_their_tap(bert_backbone):
         for module in bert_backbone.modules()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     ]
-    assert sorted(str(hook.tap) for hook in hooks) == sorted(map(str, find_layout(bert_backbone).taps(bert_backbone)))
-    assert all(set(vars(hook)) == {"tap"} for hook in hooks)
+    held = [str(tap) for hook in hooks for tap in hook.by_call.values()]
+    assert sorted(held) == sorted(map(str, find_layout(bert_backbone).taps(bert_backbone)))
+    assert all(set(vars(hook)) == {"by_call", "calls"} for hook in hooks)
 
 
 def test_threads_share_a_model(bert_backbone):

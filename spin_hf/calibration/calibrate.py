@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 from transformers import PreTrainedTokenizerBase
 
+from ..depth import why_whole
 from ..modeling_spin import FeatureGroup, SpinForSequenceClassification
 from ..taps import Tap, model_device, tap_width
 from .data import Rows, encode_labels, label_names, read_rows
@@ -134,7 +135,7 @@ def spin_calibrate(
         )
     check_tokenizer(tokenizer, model)
     blocks = model.spin.depth
-    tried_depths = recipe.depths_of(blocks) if preset == "default" or depths or max_depth else [blocks]
+    tried_depths = _depths(model, recipe, whole=preset == "paper" and not (depths or max_depth))
     rows, names, labels, folds, refit = _prepare(
         model, train, eval, cv, seed, text_column=text_column, label_column=label_column
     )
@@ -235,6 +236,18 @@ def spin_calibrate(
 
 
 Fitted = tuple[Candidate, list[Probe]]
+
+
+def _depths(model: SpinForSequenceClassification, recipe: Recipe, *, whole: bool) -> list[int]:
+    """Depths to try; only the whole where nothing else was asked for and the backbone can't be cut."""
+    blocks, reason = model.spin.depth, why_whole(model.spin.backbone, model.spin.layout)
+    chosen = recipe.depths is not None or recipe.max_depth is not None
+    if whole or (reason and not chosen):
+        return [blocks]
+    found = recipe.depths_of(blocks)
+    if reason and found != [blocks]:
+        raise CalibrationError(f"{reason} Leave depths and max_depth out.")
+    return found
 
 
 def _prepare(

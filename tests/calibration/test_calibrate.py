@@ -261,7 +261,7 @@ def test_a_second_calibration_is_refused(wrap, tokenizer, rows):
 def test_damaged_weights_are_named_by_tap(wrap, tokenizer, rows):
     model = wrap()
     with torch.no_grad():
-        model.spin.layout.block_list(model.spin.backbone)[1].output.dense.weight.fill_(float("nan"))
+        model.spin.layout.module(model.spin.backbone, 2).output.dense.weight.fill_(float("nan"))
     with pytest.raises(NonFiniteFeaturesError, match=r"Tap hidden\.2"):
         spin_calibrate(model, tokenizer, rows, **QUICK)
 
