@@ -27,7 +27,7 @@ from .heads import HeadFitter
 from .probes import Labelled, Probe, fit_probe
 from .recipe import Preset, Recipe
 from .result import CalibrationResult
-from .selection import Candidate, probe_candidate, smallest_within_error
+from .selection import Candidate, probe_candidate, smallest_within_error, winner
 from .store import FeatureStore, required_bytes
 from .task import Metric, Task
 
@@ -91,7 +91,8 @@ def spin_calibrate(
             - the code in the head: L1, with the C of the probes (text: no penalty);
             - the text in the probes: every layer at the C in question (code: whichever C finished last);
             - neither in the solver: all solutions converge (code: SAGA stopped early).
-        prefer: ``"score"``, or ``"compact"``: the smallest candidate within one paired standard error of the best.
+        prefer: ``"score"``: the best score, candidates within half a paired standard error of it counting as tied and
+            going by their loss; or ``"compact"``: the smallest candidate within one standard error of that one.
         kinds: of ``hidden`` and ``ffn``; both by default.
         poolings: of ``mean``, ``max``, ``first``, ``last``; mean and max by default.
         Cs: grid of C for the probes, or how many values to try, each twice the last, starting from each probe's own
@@ -173,12 +174,11 @@ def spin_calibrate(
             fitter = HeadFitter(store, data, device, penalty=recipe.head)
             with clock("heads"):
                 tried = _try_heads(fitter, probes, recipe, tried_depths, show)
-                best, grid = min(tried, key=lambda pair: pair[0].rank)
-                chosen = best
+                every, truth = [candidate for candidate, _ in tried], labels[data.eval_rows]
+                best = chosen = winner(every, task.metric, truth, seed=seed)
                 if prefer == "compact":
-                    every = [candidate for candidate, _ in tried]
-                    compact = smallest_within_error(every, task.metric, labels[data.eval_rows], seed=seed)
-                    chosen, grid = next(pair for pair in tried if pair[0] is compact)
+                    chosen = smallest_within_error(every, best, task.metric, truth, seed=seed)
+                grid = next(probes for candidate, probes in tried if candidate is chosen)
                 final = _finish(fitter, chosen, grid, tol)
                 best = final.candidate if chosen is best else best
             baselines = _baselines(fitter, taps, recipe, blocks, probes)

@@ -23,8 +23,8 @@ class CalibrationResult:
 
     Attributes:
         chosen: the candidate written into the model.
-        best: the best candidate by the metric; another than ``chosen`` only with ``prefer="compact"``.
-        candidates: all that were tried, best first.
+        best: the winner; another than ``chosen`` only with ``prefer="compact"``.
+        candidates: all that were tried, highest score first.
         baselines: score of ``"last layer"`` (a dense head on the last block, after the final norm where there is one;
             absent if that tap was left out) and of ``"best probe"``.
         metric: name of the metric of all scores.

@@ -13,9 +13,11 @@ from ..modeling_spin import FeatureGroup
 from ..taps import Tap
 from .probes import Probe
 from .store import FeatureStore
+from .task import Metric
 
 KINDS = ("hidden", "ffn")
 BOTH, ALL = "both", "all"
+_FRONT_RUNNERS = 30  # candidates that a near tie is looked for among
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Candidate:
 
     @property
     def rank(self) -> tuple[float, int, int]:
-        """Sorts best first: higher score, then fewer features, then less depth."""
+        """Sorts by score, highest first, then by features and depth, least first."""
         return (-self.score, self.num_features, self.depth)
 
     @property
@@ -166,25 +168,56 @@ def probe_candidate(probe: Probe) -> Candidate:
     )
 
 
-def smallest_within_error(
-    candidates: Sequence[Candidate], score: object, labels: np.ndarray, *, rounds: int = 200, seed: int = 0
-) -> Candidate:
-    """The candidate with fewest features (then least depth) within one paired standard error of the best.
+class PairedError:
+    """Standard error of the difference in score to one candidate, over bootstrap resamples of the evaluation rows.
 
-    The standard error is that of the difference in the metric, over bootstrap resamples of the evaluation rows, the
-    same resamples for both (Efron and Tibshirani 1993, chapter 6).
+    Both are scored on the same resamples, so that texts which both get wrong don't count (Efron and Tibshirani 1993,
+    chapter 6).
     """
-    assert callable(score)
-    best = min(candidates, key=lambda c: c.rank)
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(labels), (rounds, len(labels)))
-    best_scores = [score(labels[rows], best.predictions[rows]) for rows in draws]
+
+    def __init__(
+        self, candidate: Candidate, score: Metric, labels: np.ndarray, *, rounds: int = 200, seed: int = 0
+    ) -> None:
+        self._score, self._labels = score, labels
+        self._draws = np.random.default_rng(seed).integers(0, len(labels), (rounds, len(labels)))
+        self._own = self._scores(candidate)
+
+    def to(self, other: Candidate) -> float:
+        return float(np.std(self._own - self._scores(other), ddof=1))
+
+    def _scores(self, candidate: Candidate) -> np.ndarray:
+        drawn = ((self._labels[rows], candidate.predictions[rows]) for rows in self._draws)
+        return np.array([self._score(labels, predictions) for labels, predictions in drawn])
+
+
+def winner(candidates: Sequence[Candidate], score: Metric, labels: np.ndarray, *, seed: int = 0) -> Candidate:
+    """The candidate of the best score, near ties going to the lower loss, then to fewer features and less depth.
+
+    Near is half a paired standard error: the best of hundreds of scores on a few hundred texts is partly luck, which
+    the smoother loss sees through. No single probe may score more than the winner, and only the front runners count.
+    """
+    ranked = sorted(candidates, key=lambda c: c.rank)
+    best = ranked[0]
+    floor = max((c.score for c in ranked if c.probe is not None), default=-np.inf)
+    error = PairedError(best, score, labels, seed=seed)
+    near = [
+        c
+        for c in ranked[1:_FRONT_RUNNERS]
+        if c.loss is not None and c.score >= floor and best.score - c.score <= error.to(c) / 2
+    ]
+    return best if best.loss is None else min([best, *near], key=lambda c: (c.loss, c.rank))
+
+
+def smallest_within_error(
+    candidates: Sequence[Candidate], best: Candidate, score: Metric, labels: np.ndarray, *, seed: int = 0
+) -> Candidate:
+    """The candidate with fewest features (then least depth) within one paired standard error of ``best``."""
+    error = PairedError(best, score, labels, seed=seed)
     for candidate in sorted(candidates, key=lambda c: (c.num_features, c.depth, -c.score)):
         if candidate.num_features >= best.num_features:
             break
         if best.score - candidate.score > 0.2 * abs(best.score) + 0.05:
             continue  # far off: no resample would bring it within one standard error
-        others = [score(labels[rows], candidate.predictions[rows]) for rows in draws]
-        if best.score - candidate.score <= np.std(np.subtract(best_scores, others), ddof=1):
+        if best.score - candidate.score <= error.to(candidate):
             return candidate
     return best

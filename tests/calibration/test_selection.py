@@ -14,6 +14,7 @@ from spin_hf.calibration.selection import (
     entry_shares,
     probe_candidate,
     smallest_within_error,
+    winner,
 )
 from spin_hf.taps import Tap
 
@@ -140,8 +141,8 @@ def test_compact_takes_the_smallest_within_one_paired_standard_error():
     far = make_candidate(0.91, 10, predictions=wrong_on(9, labels))
     hopeless = make_candidate(0.4, 1, predictions=wrong_on(60, labels))
     for order in ([best, near, far, hopeless], [hopeless, far, near, best]):
-        assert smallest_within_error(order, accuracy, labels) is near
-    assert smallest_within_error([best, far, hopeless], accuracy, labels) is best
+        assert smallest_within_error(order, best, accuracy, labels) is near
+    assert smallest_within_error([best, far, hopeless], best, accuracy, labels) is best
 
 
 def test_the_error_is_that_of_the_difference_not_of_each_score():
@@ -149,13 +150,41 @@ def test_the_error_is_that_of_the_difference_not_of_each_score():
     labels = np.arange(100) % 2
     best = make_candidate(0.6, 50, predictions=wrong_on(40, labels))
     behind = make_candidate(0.56, 10, predictions=wrong_on(44, labels))
-    assert smallest_within_error([best, behind], accuracy, labels) is best
+    assert smallest_within_error([best, behind], best, accuracy, labels) is best
     equal = make_candidate(0.6, 10, predictions=wrong_on(40, labels))
-    assert smallest_within_error([best, equal], accuracy, labels) is equal
+    assert smallest_within_error([best, equal], best, accuracy, labels) is equal
 
 
 def test_a_larger_candidate_is_never_more_compact():
     labels = np.arange(20) % 2
     best = make_candidate(1.0, 5, depth=3, predictions=labels)
     shallower = make_candidate(1.0, 6, depth=1, predictions=labels)
-    assert smallest_within_error([shallower, best], accuracy, labels) is best
+    assert smallest_within_error([shallower, best], best, accuracy, labels) is best
+
+
+def test_near_ties_go_to_the_lower_loss():
+    """Two texts of difference where each is wrong alone on one or three: an error of 0.02, of which half counts."""
+    labels = np.arange(100) % 2
+    best = make_candidate(0.98, 50, loss=0.4, predictions=wrong_on(2, labels[::-1])[::-1])
+    near = make_candidate(0.97, 80, loss=0.3, predictions=wrong_on(3, labels))
+    far = make_candidate(0.95, 10, loss=0.1, predictions=wrong_on(5, labels))
+    for order in ([best, near, far], [far, near, best]):
+        assert winner(order, accuracy, labels) is near
+    assert winner([best, far], accuracy, labels) is best
+
+
+def test_exact_ties_in_score_and_loss_go_to_fewer_features():
+    labels = np.arange(20) % 2
+    large, small = (make_candidate(1.0, size, loss=0.2, predictions=labels) for size in (9, 4))
+    assert winner([large, small], accuracy, labels) is small
+
+
+def test_no_single_probe_scores_more_than_the_winner():
+    labels = np.arange(100) % 2
+    right = wrong_on(2, labels[::-1])[::-1]
+    best = make_candidate(0.98, 50, loss=0.4, predictions=right)
+    near = make_candidate(0.97, 80, loss=0.3, predictions=wrong_on(3, labels))
+    probe = make_candidate(0.975, 5, probe="ffn.1", predictions=right)
+    assert winner([best, near, probe], accuracy, labels) is best
+    leading = make_candidate(0.99, 5, probe="ffn.1", predictions=wrong_on(1, labels))
+    assert winner([best, near, leading], accuracy, labels) is leading
