@@ -292,9 +292,9 @@ class _Quadratic:
             for k, size in enumerate(self.sizes):
                 part = self.x[:, self.own[k, :size]]
                 self.gram[k, :size, :size] = (part.T @ (curvature[:, k, None] * part)).double()
-        diagonal = self.gram.diagonal(dim1=1, dim2=2)
-        diagonal.add_(1e-6 * diagonal.sum(1, keepdim=True) / self.real.sum(1, keepdim=True))
         self.bound = _largest_eigenvalues(self.gram)
+        # More than the rounding of float32, so that it can be factorised; little beside any curvature that matters.
+        self.gram.diagonal(dim1=1, dim2=2).add_(3e-7 * self.bound[:, None])
 
     def _bend_jointly(self, p: Tensor, s: Tensor) -> None:
         output, column = self.own[0] // self.shape[1], self.own[0] % self.shape[1]
