@@ -47,6 +47,12 @@ class _Preset(str, Enum):
     paper = "paper"
 
 
+class _Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class _UserError(Exception):
     """A mistake of the caller's, told in one line."""
 
@@ -100,7 +106,7 @@ def calibrate(
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
     limit: Annotated[int | None, typer.Option(help="Use so many rows of each file, drawn by --seed.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Keep the features here and take up a stopped run.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for the backbone.")] = None,
+    dtype: Annotated[_Dtype | None, typer.Option(help="Of the backbone's weights; as stored by default.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit or tag of the backbone.")] = None,
     seed: Annotated[int, typer.Option(help="Of splits and --limit.")] = 0,
@@ -108,13 +114,16 @@ def calibrate(
 ) -> None:
     """Make a classifier from a pretrained model and labelled texts."""
     from .calibration.calibrate import demand_writable, spin_calibrate
+    from .calibration.data import read_rows
     from .modeling_spin import SpinForSequenceClassification
 
     demand_writable(out)
     columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
     sets = {name: _load_data(source, limit, seed) for name, source in _given(train=train, eval=validation, test=test)}
+    if test is not None:
+        read_rows(sets["test"], "test", **columns)  # its mistakes are told before the long work
     tokenizer = _tokenizer(backbone, revision, trust_remote_code)
-    options: dict[str, Any] = dict(_given(revision=revision, dtype=dtype))
+    options: dict[str, Any] = dict(_given(revision=revision, dtype=dtype and dtype.value))
     if trust_remote_code:
         options["trust_remote_code"] = True
     with _loading(backbone):
@@ -270,18 +279,17 @@ class _loading:
         logging.disable_progress_bar()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
+        from .configuration_spin import CheckpointError
+
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, CheckpointError):
             raise _UserError(f"{self.source} can't be loaded: {error}") from None
 
 
 def _tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    with _loading(source):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-        except ValueError as error:
-            raise _UserError(f"{source} has no tokenizer that can be loaded: {error}") from None
+    with _loading(f"The tokenizer of {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked out, so any token does
     return tokenizer

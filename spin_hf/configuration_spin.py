@@ -43,7 +43,8 @@ class SpinConfig(PreTrainedConfig):
         backbone_config: config of the wrapped model, as an object or a dict with its ``model_type``.
         backbone_id: Hub id or path the backbone came from; provenance, never loaded by ``from_pretrained``.
         backbone_revision: commit of ``backbone_id``.
-        layout: dotted names of the backbone's blocks, FFN down projection and final norm.
+        layout: dotted names of the backbone's blocks, FFN down projection and final norm, and how many blocks in a row
+            share a module.
         features: what the classifier reads, one entry ``{"tap": "ffn.3", "pooling": "mean", "count": 120}`` per tap
             and pooling; empty until calibrated. The neurons' indices are a buffer of the model.
         class_weights: weight of each label in the training loss, in the order of ``id2label``.
@@ -62,7 +63,7 @@ class SpinConfig(PreTrainedConfig):
         *,
         backbone_id: str | None = None,
         backbone_revision: str | None = None,
-        layout: dict[str, str | None] | None = None,
+        layout: dict[str, Any] | None = None,
         features: list[dict[str, Any]] | None = None,
         class_weights: list[float] | None = None,
         max_text_tokens: int | None = None,

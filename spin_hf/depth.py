@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .taps import Layout
+from .taps import Layout, config_field
 
 
 def truncate(backbone: PreTrainedModel, layout: Layout, depth: int) -> None:
@@ -29,14 +29,14 @@ def truncate(backbone: PreTrainedModel, layout: Layout, depth: int) -> None:
 
 def why_whole(backbone: PreTrainedModel, layout: Layout) -> str | None:
     """Why a backbone can't be truncated and built again from its config; ``None`` if it can."""
-    total, named = layout.depth(backbone), getattr(backbone.config.get_text_config(), "num_hidden_layers", None)
+    total, named = layout.depth(backbone), config_field(backbone, "num_hidden_layers")
     if named != total:
         return (
             f"{type(backbone.config).__name__} gives num_hidden_layers={named}, but {total} blocks were found, so a "
             "truncated model could not be rebuilt from its config."
         )
-    if layout.calls > 1 and len(layout.module_list(backbone)) > 1:
-        return f"Blocks of {type(backbone).__name__} share modules by their total number, which truncation changes."
+    if (config_field(backbone, "num_hidden_groups") or 1) > 1:
+        return f"{type(backbone).__name__} divides its blocks into groups by their number, which truncation changes."
     return None
 
 

@@ -84,7 +84,7 @@ class Layout:
     def depth(self, backbone: nn.Module) -> int:
         """Number of blocks that run."""
         modules = len(self.module_list(backbone))
-        return modules if self.calls == 1 else _config_depth(backbone) or modules
+        return modules if self.calls == 1 else config_field(backbone, "num_hidden_layers") or modules
 
     def module(self, backbone: nn.Module, block: int) -> nn.Module:
         """The module of a block, counted from 1."""
@@ -146,8 +146,8 @@ def find_layout(backbone: nn.Module, *, blocks: str | None = None, ffn: str | No
             )
         blocks = max(lists, key=lambda name: len(lists[name]))
     layout = Layout(blocks, None, _final_norm(backbone, blocks))
-    first, count = layout.module(backbone, 1), len(layout.module_list(backbone))
-    layout = replace(layout, calls=max(1, (_config_depth(backbone) or count) // count))
+    first = layout.module(backbone, 1)
+    layout = replace(layout, calls=_calls_in_a_row(backbone, len(layout.module_list(backbone))))
     if ffn is not None:
         if _submodule(first, ffn) is None:
             candidates = [name for name, module in first.named_modules() if _shape(module)]
@@ -328,9 +328,23 @@ def _hidden_size(backbone: nn.Module) -> int:
     return int(size)
 
 
-def _config_depth(backbone: nn.Module) -> int | None:
-    depth: int | None = getattr(backbone.config.get_text_config(), "num_hidden_layers", None)  # type: ignore[union-attr,operator]
-    return depth
+def _calls_in_a_row(backbone: nn.Module, modules: int) -> int:
+    """How many blocks share a module. The hint is the config's: ``num_hidden_groups`` modules for its blocks."""
+    depth = config_field(backbone, "num_hidden_layers")
+    if config_field(backbone, "num_hidden_groups") != modules or depth is None:
+        return 1
+    if depth % modules:
+        raise TapError(
+            f"{type(backbone).__name__} spreads {depth} blocks over {modules} groups unevenly, so that they can't be "
+            "told apart. Use a backbone whose groups are of one size."
+        )
+    return depth // modules
+
+
+def config_field(backbone: nn.Module, name: str) -> int | None:
+    """A number from the config of the backbone's text part, or ``None``."""
+    value: int | None = getattr(backbone.config.get_text_config(), name, None)  # type: ignore[union-attr,operator]
+    return value
 
 
 def _final_norm(backbone: nn.Module, blocks: str) -> str | None:

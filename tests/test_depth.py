@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 from builders import CONFIGS, calibrated, make_backbone, make_batch
 
+from spin_hf import TapError
 from spin_hf.depth import shorten_config, truncate
 from spin_hf.taps import find_layout
 
@@ -83,6 +84,12 @@ def test_groups_of_shared_modules_leave_the_backbone_whole():
     backbone = make_backbone("albert", num_hidden_layers=4, num_hidden_groups=2)
     layout = find_layout(backbone)
     assert (layout.calls, layout.depth(backbone)) == (2, 4)
-    with pytest.raises(ValueError, match=r"share modules.*depths=\[4\]"):
+    with pytest.raises(ValueError, match=r"into groups.*depths=\[4\]"):
         truncate(backbone, layout, 3)
     assert len(backbone.encoder.albert_layer_groups) == 2
+    single = make_backbone("albert", num_hidden_layers=2, num_hidden_groups=2)
+    with pytest.raises(ValueError, match="into groups"):
+        truncate(single, find_layout(single), 1)
+    uneven = make_backbone("albert", num_hidden_layers=3, num_hidden_groups=2)
+    with pytest.raises(TapError, match="3 blocks over 2 groups"):
+        find_layout(uneven)

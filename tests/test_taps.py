@@ -224,7 +224,7 @@ def read_toy(model, layout, x):
 
 def test_blocks_that_share_a_module_are_told_apart_by_the_call():
     toy = Toy([Block()], order=[0, 0, 0])
-    toy.config.num_hidden_layers = 3
+    toy.config.num_hidden_layers, toy.config.num_hidden_groups = 3, 1
     layout = find_layout(toy)
     assert layout.calls == 3
     assert [str(tap) for tap in layout.taps(toy)] == [

@@ -134,6 +134,8 @@ def spin_calibrate(
             "This model is calibrated already, and blocks above its depth are gone. Start from the backbone again: "
             f"SpinForSequenceClassification.from_backbone({model.config.backbone_id!r}, ...)."
         )
+    if batch_tokens < 1:
+        raise CalibrationError(f"batch_tokens must be at least 1; got {batch_tokens}.")
     check_tokenizer(tokenizer, model)
     blocks = model.spin.depth
     tried_depths = _depths(model, recipe, whole=preset == "paper" and not (depths or max_depth))
@@ -153,7 +155,7 @@ def spin_calibrate(
         )
     with _progress(progress) as show:
         with clock("tokenize"):
-            limit = max_length or window(tokenizer, model)
+            limit = _token_limit(max_length, tokenizer, model)
             encoded = encode(tokenizer, rows.texts, rows.pairs, limit)
             batches = plan_batches(encoded.lengths, batch_tokens)
         widths = {tap: tap_width(model.spin.backbone, model.spin.layout, tap) for tap in taps}
@@ -189,7 +191,7 @@ def spin_calibrate(
     return CalibrationResult(
         chosen=final.candidate,
         best=best,
-        candidates=tuple(sorted((c for c, _ in tried), key=lambda c: c.rank)),
+        candidates=tuple(sorted((final.candidate if c is chosen else c for c in every), key=lambda c: c.rank)),
         baselines=baselines,
         metric=task.metric_name,
         kept=tuple(model.config.features),
@@ -236,6 +238,21 @@ def spin_calibrate(
 
 
 Fitted = tuple[Candidate, list[Probe]]
+
+
+def _token_limit(
+    asked: int | None, tokenizer: PreTrainedTokenizerBase, model: SpinForSequenceClassification
+) -> int | None:
+    """Tokens per text: as asked for, within what tokenizer and backbone allow."""
+    most, special = window(tokenizer, model), tokenizer.num_special_tokens_to_add()
+    if asked is None:
+        return most
+    if not special < asked <= (most or asked):
+        raise CalibrationError(
+            f"max_length={asked} must be more than the {special} special tokens of a text"
+            + (f" and at most {most}, the window of tokenizer and backbone." if most else ".")
+        )
+    return asked
 
 
 def _depths(model: SpinForSequenceClassification, recipe: Recipe, *, whole: bool) -> list[int]:
@@ -298,7 +315,10 @@ def _prepare(
 def _weights(sample_weight: Sequence[float] | None, trained: int, total: int) -> np.ndarray | None:
     if sample_weight is None:
         return None
-    given = np.asarray(sample_weight, dtype=np.float64)
+    try:
+        given = np.asarray(sample_weight, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise CalibrationError("sample_weight must be a list of positive numbers.") from None
     if given.ndim != 1 or not np.isfinite(given).all() or (given <= 0).any():
         raise CalibrationError("sample_weight must be a list of positive numbers.")
     if len(given) != trained:

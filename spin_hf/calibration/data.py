@@ -159,7 +159,13 @@ class _LabelEncoder:
         self.names, self.problem_type, self.role = names, problem_type, role
         self.ids = {name: i for i, name in enumerate(names)}
         # The data set's own ids need not be the model's: go through the names where both have them.
-        self.own = rows.names if rows.names is not None and set(rows.names) <= set(names) else None
+        given = set(rows.names or ())
+        self.own = rows.names if given and given <= set(names) else None
+        if self.own is None and given & set(names):
+            raise UnknownLabelError(
+                f"The {role} data names its labels {', '.join(rows.names or ())}, the model {', '.join(names)}. Give "
+                "all of them to from_backbone with labels=[...]."
+            )
 
     def __call__(self, value: Any) -> int:
         if isinstance(value, str):
@@ -305,8 +311,10 @@ def _flat(labels: list[Any], problem_type: ProblemType) -> list[Any]:
 
 
 def _are_indicators(labels: list[Any]) -> bool:
+    if not all(isinstance(row, (list, tuple, np.ndarray)) for row in labels):
+        return False
     lengths = {len(row) for row in labels}
-    if len(lengths) != 1 or lengths == {0} or lengths == {1} or any(isinstance(row, set) for row in labels):
+    if len(lengths) != 1 or lengths == {0} or lengths == {1}:
         return False
     return all(not isinstance(value, str) and value in (0, 1) for row in labels for value in row)
 

@@ -23,6 +23,9 @@ _COMMIT_SECONDS = 30.0
 _NO_LIMIT = 10**6  # tokenizers without a limit report an absurdly large one
 
 
+_PROVENANCE = ("_name_or_path", "architectures", "dtype", "transformers_version")  # no feature depends on these
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Token ids of every text, and how many texts were cut to ``max_length``."""
@@ -110,9 +113,11 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 
 def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], poolings: Sequence[str], budget: int) -> str:
-    """Hash of all that the features depend on: tokens, weights, taps, poolings, batches and dtype."""
+    """Hash of all that the features depend on: tokens, weights, config, layout, taps, poolings, batches and dtype."""
     digest = hashlib.sha256()
     digest.update(repr((list(map(str, taps)), list(poolings), budget, str(model.backbone.dtype))).encode())
+    settings = {name: value for name, value in model.backbone.config.to_dict().items() if name not in _PROVENANCE}
+    digest.update(repr((model.layout, sorted(settings.items(), key=str))).encode())
     for name, tensor in model.backbone.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..taps import Tap
-from .probes import Labelled, Probe
+from .probes import Labelled, Probe, standardise
 from .ridge import curvature_gram, solve_ridge
 from .selection import Candidate, Columns, combinations, members
 from .solver import PathPoint, solve_path
@@ -58,8 +58,7 @@ class HeadFitter:
         features = torch.from_numpy(self.store.read(tap, pooling)).to(self.device)
         scores = []
         for rows, held_out in self.data.folds:
-            mean, scale = features[rows].mean(0), features[rows].std(0, correction=0).clamp_min(1e-8)
-            x = (features - mean) / scale
+            x, _, _ = standardise(features, rows)
             scores.append([x[held_out] @ p.weight.T + p.intercept for p in self._ridge(x[rows], rows, None)])
         score, _, _, _ = self._choose(scores)
         return score, features.shape[1]
@@ -102,7 +101,7 @@ class HeadFitter:
             return []
         scores: dict[float, list[list[Tensor]]] = {eta: [] for eta in feasible}
         for fold, (rows, held_out) in enumerate(self.data.folds):
-            for eta, held in self._fit_fold(Columns.of(probes, fold), feasible, depth, rows, held_out, max_features):
+            for eta, held in self._fit_fold(Columns.of(probes, fold), feasible, depth, rows, held_out):
                 scores[eta].append(held)
         found = []
         for eta in feasible:
@@ -118,7 +117,6 @@ class HeadFitter:
         depth: int,
         rows: np.ndarray,
         held_out: np.ndarray,
-        max_features: int,
     ) -> Iterator[tuple[float, list[Tensor]]]:
         """For each eta, the scores on the held-out rows at each C. All etas share the widest one's matrix and Gram."""
         columns = columns.take(columns.kept(etas[-1], depth))

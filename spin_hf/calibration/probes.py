@@ -109,7 +109,7 @@ def fit_probe(
     """
     loss = data.task.loss
     fits = data.fits()
-    standard = [_standardise(features, rows) for rows in fits]
+    standard = [standardise(features, rows) for rows in fits]
     grids = list(Cs) if not isinstance(Cs, int) else None
     problems = []
     for rows, (x, _, scale) in zip(fits, standard, strict=True):
@@ -167,7 +167,7 @@ def _probe(
     )
 
 
-def _standardise(features: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+def standardise(features: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """All rows, shifted and scaled by the statistics of some. A constant column stays zero, with scale 1."""
     mean = features[rows].mean(0)
     scale = features[rows].std(0, correction=0)

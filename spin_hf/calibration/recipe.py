@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from ..pooling import POOLINGS
 from .errors import CalibrationError
 from .selection import KINDS
@@ -38,6 +40,12 @@ class Recipe:
         recipe = replace(_PRESETS[preset], **given)
         _check_names("kinds", recipe.kinds, KINDS)
         _check_names("poolings", recipe.poolings, POOLINGS)
+        for name in ("Cs", "etas", "depths"):
+            value = getattr(recipe, name)
+            if not (value is None or isinstance(value, tuple) or (name == "Cs" and isinstance(value, int))):
+                raise CalibrationError(f"{name} must be a list; got {value!r}.")
+        if not all(isinstance(depth, (int, np.integer)) for depth in recipe.depths or ()):
+            raise CalibrationError(f"depths must be whole numbers of blocks; got {list(recipe.depths or ())}.")
         if not all(0 < eta <= 1 for eta in recipe.etas):
             raise CalibrationError(f"Every eta must lie in (0, 1]; got {list(recipe.etas)}.")
         grid = (recipe.Cs,) if isinstance(recipe.Cs, int) else recipe.Cs

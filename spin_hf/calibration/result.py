@@ -63,7 +63,7 @@ class CalibrationResult:
         rows = [(name, f"{score:.4f}", "", "") for name, score in self.baselines.items()]
         rows.append(_row("SPIN", self.chosen))
         if self.best != self.chosen:
-            rows.append(_row("SPIN, best score", self.best))
+            rows.append(_row("SPIN, winner", self.best))
         head = ("", f"{self.metric} ({self.data['evaluated']})", "features", "blocks")
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(4)]
         table = [

@@ -172,7 +172,7 @@ class PairedError:
     """Standard error of the difference in score to one candidate, over bootstrap resamples of the evaluation rows.
 
     Both are scored on the same resamples, so that texts which both get wrong don't count (Efron and Tibshirani 1993,
-    chapter 6).
+    chapter 6). A resample that the metric can't score, for want of a class, is left out; without any the error is NaN.
     """
 
     def __init__(
@@ -180,14 +180,24 @@ class PairedError:
     ) -> None:
         self._score, self._labels = score, labels
         self._draws = np.random.default_rng(seed).integers(0, len(labels), (rounds, len(labels)))
-        self._own = self._scores(candidate)
+        self._candidate = candidate
+        self._own: np.ndarray | None = None
 
     def to(self, other: Candidate) -> float:
-        return float(np.std(self._own - self._scores(other), ddof=1))
+        if self._own is None:
+            self._own = self._scores(self._candidate)
+        differences = self._own - self._scores(other)
+        known = differences[np.isfinite(differences)]
+        return float(np.std(known, ddof=1)) if len(known) > 1 else float("nan")
 
     def _scores(self, candidate: Candidate) -> np.ndarray:
-        drawn = ((self._labels[rows], candidate.predictions[rows]) for rows in self._draws)
-        return np.array([self._score(labels, predictions) for labels, predictions in drawn])
+        return np.array([self._on(candidate, rows) for rows in self._draws])
+
+    def _on(self, candidate: Candidate, rows: np.ndarray) -> float:
+        try:
+            return self._score(self._labels[rows], candidate.predictions[rows])
+        except (ArithmeticError, ValueError):
+            return float("nan")
 
 
 def winner(candidates: Sequence[Candidate], score: Metric, labels: np.ndarray, *, seed: int = 0) -> Candidate:
@@ -203,7 +213,11 @@ def winner(candidates: Sequence[Candidate], score: Metric, labels: np.ndarray, *
     near = [
         c
         for c in ranked[1:_FRONT_RUNNERS]
-        if c.loss is not None and c.score >= floor and best.score - c.score <= error.to(c) / 2
+        if c.loss is not None
+        and best.loss is not None
+        and c.loss <= best.loss
+        and c.score >= floor
+        and best.score - c.score <= error.to(c) / 2
     ]
     return best if best.loss is None else min([best, *near], key=lambda c: (c.loss, c.rank))
 

@@ -130,7 +130,7 @@ class Task:
             name = self.names[key] if isinstance(key, (int, np.integer)) and 0 <= key < len(self.names) else key
             if name not in weights:
                 raise UnknownLabelError(f"class_weight names {key!r}; the labels are {', '.join(self.names)}.")
-            if not value > 0:
+            if not isinstance(value, (int, float, np.integer, np.floating)) or not value > 0:
                 raise CalibrationError(f"class_weight of {key!r} must be positive; got {value!r}.")
             weights[name] = float(value)
         return list(weights.values())

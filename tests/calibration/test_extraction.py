@@ -151,8 +151,12 @@ def test_fingerprint_tells_what_the_features_depend_on(model, make_backbone, tok
         other.spin.backbone.embeddings.word_embeddings.weight[63, 31] += 1e-6
     tokens = encode(tokenizer, [*sentiment_rows["text"][:19], "film"], None, 64)
     pairs = encode(tokenizer, sentiment_rows["text"][:20], ["film"] * 20, 64)
+    elsewhere = SpinForSequenceClassification.from_backbone(make_backbone("bert"), ffn="attention.output.dense")
+    relu = SpinForSequenceClassification.from_backbone(make_backbone("bert", hidden_act="relu"))
     others = [
         taken(spin=other.spin),
+        taken(spin=elsewhere.spin),
+        taken(spin=relu.spin),
         taken(encoded=tokens),
         taken(encoded=pairs),
         taken(encoded=extraction.Encoded(pairs.input_ids, encoded.token_type_ids, 64, 0)),
