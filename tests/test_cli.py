@@ -90,6 +90,7 @@ def test_mistakes_are_one_line(classifier, files, tmp_path, minilm_path):
     train = files / "train.jsonl"
     assert "not a file" in fails("calibrate", minilm_path, "--train", tmp_path / "none.csv", "--out", tmp_path / "o")
     assert "can't be loaded" in fails("calibrate", tmp_path / "no-model", "--train", train, "--out", tmp_path / "o")
+    assert "SPIN model already" in fails("calibrate", classifier, "--train", train, "--out", tmp_path / "o")
     assert "not a SPIN checkpoint" in fails("predict", minilm_path, "text")
     assert "No texts" in fails("predict", classifier, input="\n")
     assert "not both" in fails("predict", classifier, "text", "--file", train)

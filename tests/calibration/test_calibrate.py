@@ -243,6 +243,15 @@ def test_result_reads_back(wrap, tokenizer, rows, tmp_path):
         ({"class_weight": {"odd": 2.0}}, "odd"),
         ({"sample_weight": [1.0]}, "sample_weight"),
         ({"multiclass": "pairs"}, "multiclass"),
+        ({"depths": [1.5]}, "whole numbers"),
+        ({"etas": 0.5}, "etas must be a list"),
+        ({"Cs": 0.5}, "Cs must be a list"),
+        ({"class_weight": {1: "x"}}, "positive"),
+        ({"sample_weight": ["a"] * 80}, "positive numbers"),
+        ({"batch_tokens": 0}, "batch_tokens"),
+        ({"max_length": 0}, "more than the 2 special tokens"),
+        ({"max_length": 2}, "more than the 2 special tokens"),
+        ({"max_length": 65}, "at most 64"),
     ],
 )
 def test_options_are_checked_before_the_work(wrap, tokenizer, rows, monkeypatch, options, message):

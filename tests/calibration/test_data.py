@@ -213,3 +213,16 @@ def test_labels_that_the_model_does_not_have(labels, problem_type):
 def test_indicators_for_other_labels():
     with pytest.raises(LabelTypeError, match="names a label twice.*one 0 or 1 for each of bad, good"):
         read([[1, 0, 1], [0, 1, 1]], MULTI, names=["bad", "good"])
+
+
+def test_a_row_that_is_no_list_among_lists():
+    with pytest.raises(LabelTypeError, match="should be a list"):
+        read([[0, 1], 3], MULTI)
+
+
+def test_names_that_only_partly_match_the_model_are_refused():
+    """By id, "positive" would silently become "negative"."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["positive", "negative", "mixed"])})
+    rows = read_rows(Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0]}, features=features), "train")
+    with pytest.raises(UnknownLabelError, match="mixed"):
+        encode_labels(rows, ("negative", "positive"), SINGLE, "train")

@@ -188,3 +188,20 @@ def test_no_single_probe_scores_more_than_the_winner():
     assert winner([best, near, probe], accuracy, labels) is best
     leading = make_candidate(0.99, 5, probe="ffn.1", predictions=wrong_on(1, labels))
     assert winner([best, near, leading], accuracy, labels) is leading
+
+
+def test_a_metric_that_some_resamples_have_no_class_for():
+    """One text of the rare class is missing from a third of the resamples."""
+    labels = np.array([1] + [0] * 19)
+
+    def picky(labels, predictions):
+        if len(set(labels)) < 2:
+            raise ValueError("one class")
+        return accuracy(labels, predictions)
+
+    best = make_candidate(1.0, 50, loss=0.4, predictions=labels)
+    near = make_candidate(0.95, 80, loss=0.3, predictions=wrong_on(1, labels[::-1])[::-1])
+    assert winner([best, near], picky, labels) in (best, near)
+    alone = make_candidate(1.0, 50, loss=0.4, predictions=labels[1:])
+    other = make_candidate(0.95, 80, loss=0.3, predictions=1 - labels[1:])
+    assert winner([alone, other], picky, labels[1:]) is alone
