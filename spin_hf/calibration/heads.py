@@ -124,12 +124,15 @@ class HeadFitter:
         x = features[rows]
         y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
         gram: Tensor | None = None
+        weight = x.new_zeros(y.shape[1], x.shape[1])  # of the last eta, where the next one starts
         for eta in etas:
             index = torch.from_numpy(np.flatnonzero(columns.kept(eta, depth))).to(self.device)
             part = x[:, index]
             if self.penalty == "l1":
                 factors = 1.0 / columns.scale.to(x)[index]
-                points = list(solve_path(part, y, s, loss, [columns.probes[0].C], factors=factors, tol=self.tol))
+                Cs, start = [columns.probes[0].C], weight[:, index]
+                points = list(solve_path(part, y, s, loss, Cs, factors=factors, start=start, tol=self.tol))
+                weight[:, index] = points[0].weight
             else:
                 points = self._ridge(part, rows, None if gram is None else gram[index[:, None], index])
                 if gram is None and len(etas) > 1:

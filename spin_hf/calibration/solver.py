@@ -73,6 +73,7 @@ def solve_path(
     Cs: Sequence[float],
     *,
     factors: Tensor | None = None,
+    start: Tensor | None = None,
     tol: float = 1e-4,
     max_steps: int = 200,
 ) -> Iterator[PathPoint]:
@@ -87,12 +88,13 @@ def solve_path(
         loss: one of :mod:`spin_hf.calibration.losses`.
         Cs: inverse penalties, ascending.
         factors: penalty of each feature relative to ``1 / C``, shape ``(d,)``, positive; all ones by default.
+        start: weights ``(K, d)`` to begin with, such as the solution for fewer columns; zeros by default.
         tol: relative duality gap to reach.
         max_steps: Newton steps allowed per ``C``; a point that needs more is yielded with ``converged=False``.
     """
     if list(Cs) != sorted(Cs):
         raise ValueError(f"Cs must ascend, so that each solution starts the next one; got {list(Cs)}.")
-    problem = _Problem(x, y, s, loss, factors)
+    problem = _Problem(x, y, s, loss, factors, start)
     for C in Cs:
         yield problem.solve(C, tol, max_steps)
 
@@ -127,13 +129,21 @@ def balance(loss: Loss, scores: Tensor, intercept: Tensor, y: Tensor, s: Tensor)
 class _Problem:
     """The data and the present point of one path. Scores, residuals and objectives are kept in float64."""
 
-    def __init__(self, x: Tensor, y: Tensor, s: Tensor, loss: Loss, factors: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        s: Tensor,
+        loss: Loss,
+        factors: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> None:
         self.x, self.loss = x, loss
         self.factors = torch.ones_like(x[0]) if factors is None else factors.to(x)
         self.y, self.s = y.double().to(x.device), s.double().to(x.device)
-        self.weight = x.new_zeros(x.shape[1], y.shape[1])
+        self.weight = x.new_zeros(x.shape[1], y.shape[1]) if start is None else start.T.clone()
         self.intercept = self.y.new_zeros(y.shape[1])
-        self.scores = torch.zeros_like(self.y)  # without the intercept
+        self.scores = (x @ self.weight).double()  # without the intercept
         self.balance()
 
     def balance(self) -> None:

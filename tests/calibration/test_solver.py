@@ -80,6 +80,17 @@ def test_multinomial_against_saga(C):
     assert_equally_good(Multinomial(), (x, y, s), point, other.coef_, other.intercept_)
 
 
+@pytest.mark.parametrize(("loss", "outputs"), [(Logistic(), 1), (Multinomial(), 3), (Squared(), 2)])
+def test_where_it_starts_does_not_matter(loss, outputs):
+    x, y, s = make(loss, outputs=outputs)
+    cold = solve(x, y, s, loss, 0.3)
+    for start in (cold.weight, torch.ones_like(cold.weight)):
+        warm = solve(x, y, s, loss, 0.3, start=start)
+        assert warm.converged
+        assert warm.objective == pytest.approx(cold.objective, rel=1e-4)
+    assert solve(x, y, s, loss, 0.3, start=cold.weight).steps <= cold.steps / 2
+
+
 def test_weak_penalty_on_an_even_number_of_classes():
     """Half the classes up, half down: a feature's weights may shift together, and the Hessian is flat that way."""
     x, y, s = make(Multinomial(), rows=400, outputs=6, columns=20)
