@@ -21,8 +21,6 @@ from .store import FeatureStore
 
 _COMMIT_SECONDS = 30.0
 _NO_LIMIT = 10**6  # tokenizers without a limit report an absurdly large one
-
-
 _PROVENANCE = ("_name_or_path", "architectures", "dtype", "transformers_version")  # no feature depends on these
 
 
