@@ -113,8 +113,9 @@ def calibrate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make a classifier from a pretrained model and labelled texts."""
-    from .calibration.calibrate import demand_writable, spin_calibrate
+    from .calibration.calibrate import spin_calibrate
     from .calibration.data import read_rows
+    from .calibration.store import demand_writable
     from .modeling_spin import SpinForSequenceClassification
 
     demand_writable(out)
@@ -206,7 +207,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the classifier.")] = Path("spin-demo"),
 ) -> None:
     """Make a classifier of customer messages from MiniLM, without any download, and use it."""
-    from .calibration.calibrate import demand_writable, spin_calibrate
+    from .calibration.calibrate import spin_calibrate
+    from .calibration.store import demand_writable
     from .demo import backbone_folder, load_split
     from .modeling_spin import SpinForSequenceClassification
 

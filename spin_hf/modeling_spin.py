@@ -11,16 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    MODEL_MAPPING,
-    AutoModel,
-    AutoModelForTextEncoding,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from .backbone import HUB_ARGUMENTS, build_backbone, check_rebuilds, load_backbone
 from .configuration_spin import CheckpointError, SpinConfig, remote_code_is_trusted, trusting_remote_code
 from .depth import truncate
 from .pooling import align_left, pool
@@ -130,7 +124,7 @@ class SpinPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _load_config(cls, source: Any, kwargs: dict[str, Any]) -> tuple[SpinConfig, dict[str, Any]]:
-        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         values, _ = SpinConfig.get_config_dict(source, **hub)
         if values.get("model_type") != SpinConfig.model_type:
             raise CheckpointError(
@@ -162,7 +156,6 @@ class SpinPreTrainedModel(PreTrainedModel):
         }
 
 
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _WEIGHT_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # a config would take these for its own fields
 
 
@@ -175,7 +168,7 @@ class SpinModel(SpinPreTrainedModel):
     def __init__(self, config: SpinConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         if backbone is None:
-            backbone = _build_backbone(config)
+            backbone = build_backbone(config)
         self.backbone = backbone
         self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
         config.backbone_config = backbone.config
@@ -431,10 +424,10 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
             model: PreTrainedModel = backbone
             source = getattr(backbone, "name_or_path", "") or None
         else:
-            model, source = _load_backbone(str(backbone), kwargs), str(backbone)
+            model, source = load_backbone(str(backbone), kwargs), str(backbone)
         if isinstance(model, SpinPreTrainedModel):
             raise ValueError(f"{source or type(model).__name__} is a SPIN model already; load it with from_pretrained.")
-        _check_rebuilds(model)
+        check_rebuilds(model)
         config = SpinConfig(
             backbone_config=model.config,
             backbone_id=source,
@@ -554,55 +547,6 @@ def _group_by_tap(config: SpinConfig) -> list[tuple[Tap, list[tuple[str, int, in
         groups[-1][1].append((entry["pooling"], start, stop))
         start = stop
     return groups
-
-
-def _auto_class(config: PreTrainedConfig) -> Any:
-    """``AutoModel``, or for an encoder-decoder the class of its encoder."""
-    # Not by is_encoder_decoder alone: an encoder built from a T5Config sets it to False there.
-    encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
-    if encoder is not None and encoder is not MODEL_MAPPING.get(type(config), None):
-        return AutoModelForTextEncoding
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{config.model_type!r} is an encoder-decoder, and transformers has no class for its encoder alone. "
-            "Choose an encoder or a decoder, or an encoder-decoder of the T5 family."
-        )
-    return AutoModel
-
-
-def _check_rebuilds(model: Any) -> None:
-    """Refuse a model that its config would not build again, before the work of calibrating it."""
-    auto = _auto_class(model.config)
-    mapping = MODEL_FOR_TEXT_ENCODING_MAPPING if auto is AutoModelForTextEncoding else MODEL_MAPPING
-    built: Any = mapping.get(type(model.config), None)
-    if built is not None and not isinstance(model, built):
-        name = getattr(built, "__name__", str(built))
-        raise ValueError(
-            f"A saved classifier rebuilds its backbone from the config, here as {name}, so that it could not be loaded "
-            f"with a {type(model).__name__}. Pass a {name} (model.base_model of one with a task head), or its name."
-        )
-
-
-def _load_backbone(source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    from transformers import AutoConfig
-
-    hub = {name: kwargs[name] for name in (*_HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
-    config = AutoConfig.from_pretrained(source, **hub)
-    if isinstance(config, SpinConfig):
-        raise ValueError(f"{source} is a SPIN model already; load it with from_pretrained.")
-    return _auto_class(config).from_pretrained(source, **kwargs)
-
-
-def _build_backbone(config: SpinConfig) -> PreTrainedModel:
-    if config.backbone_config is None:
-        raise CheckpointError(
-            "SpinConfig has no backbone_config. Use SpinForSequenceClassification.from_backbone(...) to start from a "
-            "pretrained model."
-        )
-    trust: dict[str, Any] = {"trust_remote_code": remote_code_is_trusted()}
-    if remote_code_is_trusted() and type(config.backbone_config) not in MODEL_MAPPING:
-        trust["code_revision"] = config.backbone_revision  # the code that was read when the model was made, not newer
-    return _auto_class(config.backbone_config).from_config(config.backbone_config, **trust)
 
 
 def _label_names(labels: Sequence[str] | None, num_labels: int | None, problem_type: str) -> list[str]:

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 from transformers import PreTrainedTokenizerBase
 
 from ..depth import why_whole
 from ..modeling_spin import FeatureGroup, SpinForSequenceClassification
 from ..taps import Tap, model_device, tap_width
-from .data import Rows, encode_labels, label_names, read_rows
-from .errors import CalibrationError, MissingLabelsError, OutputFolderError
+from .errors import CalibrationError
 from .extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
+from .folds import check_sample_weight, prepare
 from .heads import HeadFitter
 from .probes import Labelled, Probe, fit_probe
+from .progress import Clock, Show, shown
 from .recipe import Preset, Recipe
 from .result import CalibrationResult
 from .selection import Candidate, probe_candidate, smallest_within_error, winner
 from .store import FeatureStore, required_bytes
 from .task import Metric, Task
-
-_HELD_OUT = 0.2
 
 
 def spin_calibrate(
@@ -116,7 +109,7 @@ def spin_calibrate(
         CalibrationError: one of its kinds, before long work, for data, labels, tokenizer or options that don't fit.
     """
     started = time.perf_counter()
-    clock = _Clock()
+    clock = Clock()
     recipe = Recipe.make(
         preset,
         kinds=kinds,
@@ -139,21 +132,20 @@ def spin_calibrate(
     check_tokenizer(tokenizer, model)
     blocks = model.spin.depth
     tried_depths = _depths(model, recipe, whole=preset == "paper" and not (depths or max_depth))
-    rows, names, labels, folds, refit = _prepare(
-        model, train, eval, cv, seed, text_column=text_column, label_column=label_column
-    )
-    problem_type = model.config.problem_type
-    task = Task.make(problem_type, names, metric, multiclass)
-    weights = _weights(sample_weight, len(rows) if eval is None else len(refit), len(rows))
+    prepared = prepare(model, train, eval, cv, seed, text_column=text_column, label_column=label_column)
+    rows, names, labels, refit = prepared.rows, prepared.names, prepared.labels, prepared.refit
+    task = Task.make(model.config.problem_type, names, metric, multiclass)
+    weights = check_sample_weight(sample_weight, len(rows) if eval is None else len(refit), len(rows))
     class_weights = task.class_weights(labels[refit], class_weight)
-    data = Labelled(task, labels, task.targets(labels), task.row_weights(labels, class_weights, weights), folds, refit)
+    row_weights = task.row_weights(labels, class_weights, weights)
+    data = Labelled(task, labels, task.targets(labels), row_weights, prepared.folds, refit)
     taps = [tap for tap in model.spin.taps if tap.block <= tried_depths[-1] and _wanted(tap, recipe)]
     if not taps:
         raise CalibrationError(
             f"No tap of kind {', '.join(recipe.kinds)} was found in {type(model.spin.backbone).__name__}. "
             'Use kinds=["hidden"], or name the down projection with ffn="..." in from_backbone.'
         )
-    with _progress(progress) as show:
+    with shown(progress) as show:
         with clock("tokenize"):
             limit = _token_limit(max_length, tokenizer, model)
             encoded = encode(tokenizer, rows.texts, rows.pairs, limit)
@@ -180,9 +172,14 @@ def spin_calibrate(
                 best = chosen = winner(every, task.metric, truth, seed=seed)
                 if prefer == "compact":
                     chosen = smallest_within_error(every, best, task.metric, truth, seed=seed)
-                grid = next(probes for candidate, probes in tried if candidate is chosen)
-                final = _finish(fitter, chosen, grid, tol)
-                best = final.candidate if chosen is best else best
+                final = _finish(fitter, chosen, tried, tol)
+                if chosen is best:
+                    singles = [c for c in every if c.probe is not None]
+                    ahead = [c for c in singles if c.score > final.candidate.score]
+                    if ahead:  # the tighter tolerance turned a text that stood on the fence
+                        chosen = min(ahead, key=lambda c: c.rank)
+                        final = _finish(fitter, chosen, tried, tol)
+                    best = final.candidate
             baselines = _baselines(fitter, taps, recipe, blocks, probes)
     model.spin.set_features(final.groups, final.mean, final.scale, depth=final.candidate.depth)
     model.set_head(*task.as_logits(final.weight, final.intercept))
@@ -267,65 +264,6 @@ def _depths(model: SpinForSequenceClassification, recipe: Recipe, *, whole: bool
     return found
 
 
-def _prepare(
-    model: SpinForSequenceClassification, train: Any, eval: Any, cv: int | None, seed: int, **columns: Any
-) -> tuple[Rows, tuple[str, ...], np.ndarray, tuple[tuple[np.ndarray, np.ndarray], ...], np.ndarray]:
-    """All rows, label names, labels, folds, and the rows of the final fit."""
-    problem_type = model.config.problem_type
-    rows = read_rows(train, "train", **columns)
-    names = label_names(rows, [model.config.id2label[i] for i in range(model.config.num_labels)], problem_type)
-    labels = encode_labels(rows, names, problem_type, "train")
-    count = len(rows)
-    single = problem_type == "single_label_classification"
-    if eval is not None:
-        if cv is not None:
-            raise CalibrationError("Give eval or cv, not both.")
-        held_out = read_rows(eval, "eval", **columns)
-        if (held_out.pairs is None) != (rows.pairs is None):
-            raise CalibrationError("train and eval must both have sentence pairs, or neither.")
-        more = encode_labels(held_out, names, problem_type, "eval")
-        rows = Rows(
-            rows.texts + held_out.texts,
-            None if rows.pairs is None else rows.pairs + (held_out.pairs or []),
-            rows.labels + held_out.labels,
-            rows.names,
-        )
-        labels = np.concatenate([labels, more])
-        first = np.arange(count)
-        return rows, names, labels, ((first, np.arange(count, len(labels))),), first
-    smallest = min(np.bincount(labels)[np.unique(labels)]) if single else count
-    if cv is not None:
-        if not 2 <= cv <= smallest:
-            raise MissingLabelsError(f"cv={cv} needs at least {cv} rows of each class; the rarest has {smallest}.")
-        splitter: Any = (StratifiedKFold if single else KFold)(cv, shuffle=True, random_state=seed)
-        parts = splitter.split(np.zeros(count), labels if single else None)
-        return rows, names, labels, tuple((np.sort(a), np.sort(b)) for a, b in parts), np.arange(count)
-    if smallest < 2:
-        raise MissingLabelsError(
-            "A class has a single row, so nothing of it can be held out to choose by. Add rows, or give eval."
-        )
-    needed = max(_HELD_OUT, (len(np.unique(labels)) if single else 1) / count)
-    kept, held = train_test_split(
-        np.arange(count), test_size=needed, random_state=seed, stratify=labels if single else None
-    )
-    kept, held = np.sort(kept), np.sort(held)
-    return rows, names, labels, ((kept, held),), kept
-
-
-def _weights(sample_weight: Sequence[float] | None, trained: int, total: int) -> np.ndarray | None:
-    if sample_weight is None:
-        return None
-    try:
-        given = np.asarray(sample_weight, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise CalibrationError("sample_weight must be a list of positive numbers.") from None
-    if given.ndim != 1 or not np.isfinite(given).all() or (given <= 0).any():
-        raise CalibrationError("sample_weight must be a list of positive numbers.")
-    if len(given) != trained:
-        raise CalibrationError(f"sample_weight has {len(given)} values for the {trained} rows of train.")
-    return np.concatenate([given, np.ones(total - len(given))])
-
-
 def _wanted(tap: Tap, recipe: Recipe) -> bool:
     return ("ffn" if tap.kind == "ffn" else "hidden") in recipe.kinds
 
@@ -362,7 +300,7 @@ def _probe_all(
 
 
 def _try_heads(
-    fitter: HeadFitter, probes: list[list[Probe]], recipe: Recipe, depths: list[int], show: _Show
+    fitter: HeadFitter, probes: list[list[Probe]], recipe: Recipe, depths: list[int], show: Show
 ) -> list[Fitted]:
     """Every candidate with the probes it was selected by: heads on combined taps, and single probes."""
     grids = [[ranked[0] for ranked in probes]]
@@ -406,8 +344,9 @@ class _Final:
     gap: float
 
 
-def _finish(fitter: HeadFitter, candidate: Candidate, probes: list[Probe], tol: float) -> _Final:
+def _finish(fitter: HeadFitter, candidate: Candidate, tried: list[Fitted], tol: float) -> _Final:
     """The chosen candidate, fitted on the final training rows."""
+    probes = next(probes for other, probes in tried if other is candidate)
     if candidate.probe is None:
         columns, point, candidate = fitter.fit_final(probes, candidate, tol)
         groups = columns.groups()
@@ -446,69 +385,3 @@ def _write_config(
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.architectures = [type(model).__name__]
     model.num_labels = len(task.names)
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = time.perf_counter() - start
-
-
-class _Show:
-    """Bars with estimates and a line of text, or silence."""
-
-    def __init__(self, bars: Progress | None) -> None:
-        self._bars = bars
-
-    def say(self, text: str) -> None:
-        if self._bars is not None:
-            self._bars.console.print(text, highlight=False)
-
-    @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        if self._bars is None:
-            yield lambda amount: None
-            return
-        bars, task = self._bars, self._bars.add_task(title, total=total)
-        yield lambda amount: bars.advance(task, amount)
-        bars.update(task, completed=total)
-
-
-@contextmanager
-def _progress(wanted: bool) -> Iterator[_Show]:
-    if not wanted:
-        yield _Show(None)
-        return
-    columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        yield _Show(bars)
-
-
-def demand_writable(folder: str | Path) -> Path:
-    """Make a folder and prove that it can be written to, before long work that ends there.
-
-    Raises:
-        OutputFolderError: if not.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputFolderError(f"{folder} can't be written to: {error}. Choose another output folder.") from error
-    return folder

@@ -46,6 +46,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def __add__(self, more: Rows) -> Rows:
+        """These rows and then those; both have pairs, or neither."""
+        pairs = None if self.pairs is None or more.pairs is None else self.pairs + more.pairs
+        return Rows(self.texts + more.texts, pairs, self.labels + more.labels, self.names)
+
 
 def read_rows(
     source: Any, role: str, *, text_column: str | Sequence[str] | None = None, label_column: str | None = None

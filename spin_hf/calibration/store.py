@@ -113,3 +113,19 @@ class FeatureStore:
 def required_bytes(widths: Mapping[Tap, int], poolings: Sequence[str], rows: int) -> int:
     """Disk needed for the features of ``rows`` texts."""
     return 4 * rows * len(poolings) * sum(widths.values())
+
+
+def demand_writable(folder: str | Path) -> Path:
+    """Make a folder and prove that it can be written to, before long work that ends there.
+
+    Raises:
+        OutputFolderError: if not.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputFolderError(f"{folder} can't be written to: {error}. Choose another output folder.") from error
+    return folder

@@ -1,0 +1,93 @@
+"""The data of a calibration: all rows with their labels, and which of them train and which evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
+
+from ..modeling_spin import SpinForSequenceClassification
+from .data import Rows, encode_labels, label_names, read_rows
+from .errors import CalibrationError, MissingLabelsError
+
+_HELD_OUT = 0.2
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows of ``train`` and then ``eval``, their encoded labels, the (train, evaluate) rows of each fold, and the rows
+    of the final fit.
+    """
+
+    rows: Rows
+    names: tuple[str, ...]
+    labels: np.ndarray
+    folds: tuple[tuple[np.ndarray, np.ndarray], ...]
+    refit: np.ndarray
+
+
+def prepare(
+    model: SpinForSequenceClassification, train: Any, eval: Any, cv: int | None, seed: int, **columns: Any
+) -> Prepared:
+    """Read and check all data, and split off what evaluates: ``eval``, or ``cv`` folds, or a fifth of ``train``.
+
+    Raises:
+        CalibrationError: one of its kinds, for data or labels that don't fit.
+    """
+    problem_type = model.config.problem_type
+    rows = read_rows(train, "train", **columns)
+    names = label_names(rows, [model.config.id2label[i] for i in range(model.config.num_labels)], problem_type)
+    labels = encode_labels(rows, names, problem_type, "train")
+    if eval is None:
+        classes = labels if problem_type == "single_label_classification" else None
+        folds = _folds(classes, len(rows), cv, seed)
+        return Prepared(rows, names, labels, folds, np.arange(len(rows)) if cv else folds[0][0])
+    if cv is not None:
+        raise CalibrationError("Give eval or cv, not both.")
+    held_out = read_rows(eval, "eval", **columns)
+    if (held_out.pairs is None) != (rows.pairs is None):
+        raise CalibrationError("train and eval must both have sentence pairs, or neither.")
+    both = np.concatenate([labels, encode_labels(held_out, names, problem_type, "eval")])
+    first, rest = np.arange(len(rows)), np.arange(len(rows), len(both))
+    return Prepared(rows + held_out, names, both, ((first, rest),), first)
+
+
+def _folds(
+    classes: np.ndarray | None, count: int, cv: int | None, seed: int
+) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Stratified by ``classes`` where there are any."""
+    smallest = count if classes is None else int(min(np.bincount(classes)[np.unique(classes)]))
+    if cv is not None:
+        if not 2 <= cv <= smallest:
+            raise MissingLabelsError(f"cv={cv} needs at least {cv} rows of each class; the rarest has {smallest}.")
+        splitter: Any = (KFold if classes is None else StratifiedKFold)(cv, shuffle=True, random_state=seed)
+        return tuple((np.sort(a), np.sort(b)) for a, b in splitter.split(np.zeros(count), classes))
+    if smallest < 2:
+        raise MissingLabelsError(
+            "A class has a single row, so nothing of it can be held out to choose by. Add rows, or give eval."
+        )
+    held_out = max(_HELD_OUT, (1 if classes is None else len(np.unique(classes))) / count)
+    kept, held = train_test_split(np.arange(count), test_size=held_out, random_state=seed, stratify=classes)
+    return ((np.sort(kept), np.sort(held)),)
+
+
+def check_sample_weight(given: Sequence[float] | None, trained: int, total: int) -> np.ndarray | None:
+    """One weight per row: those given for the rows of ``train``, and 1 for rows that only evaluate.
+
+    Raises:
+        CalibrationError: for anything but one positive number per row of ``train``.
+    """
+    if given is None:
+        return None
+    try:
+        weights = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise CalibrationError("sample_weight must be a list of positive numbers.") from None
+    if weights.ndim != 1 or not np.isfinite(weights).all() or (weights <= 0).any():
+        raise CalibrationError("sample_weight must be a list of positive numbers.")
+    if len(weights) != trained:
+        raise CalibrationError(f"sample_weight has {len(weights)} values for the {trained} rows of train.")
+    return np.concatenate([weights, np.ones(total - len(weights))])
