@@ -302,6 +302,7 @@ class _Quadratic:
             for k, size in enumerate(self.sizes):
                 part = self.x[:, self.own[k, :size]]
                 self.gram[k, :size, :size] = (part.T @ (curvature[:, k, None] * part)).double()
+        self.gram = (self.gram + self.gram.mT) / 2  # rounded to float32, the two halves differ
         self.bound = _largest_eigenvalues(self.gram)
         # More than the rounding of float32, so that it can be factorised; little beside any curvature that matters.
         self.gram.diagonal(dim1=1, dim2=2).add_(3e-7 * self.bound[:, None])
