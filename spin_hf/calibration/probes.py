@@ -116,10 +116,10 @@ def fit_probe(
         y, s = data.targets[rows].to(x.device), data.weights[rows].to(x.device)
         if grids is None:
             assert isinstance(Cs, int)
-            start = smallest_useful_C(x[rows], y, s, loss)
+            start = smallest_useful_C(take(x, rows), y, s, loss)
             grids = [start * 2.0 ** (i + 1) for i in range(Cs)] if np.isfinite(start) else []
         factors = 1.0 / scale if raw else None
-        problems.append(solve_path(x[rows], y, s, loss, grids, factors=factors, tol=tol))
+        problems.append(solve_path(take(x, rows), y, s, loss, grids, factors=factors, tol=tol))
     probes: list[Probe] = []
     best = lowest = (np.inf, 0)  # what was reached, and how many points ago
     for points in zip(*problems, strict=True):
@@ -167,12 +167,18 @@ def _probe(
     )
 
 
+def take(x: Tensor, rows: np.ndarray) -> Tensor:
+    """Some rows, ascending; without a copy where they follow one another."""
+    start, stop = int(rows[0]), int(rows[-1]) + 1
+    return x[start:stop] if stop - start == len(rows) else x[rows]
+
+
 def standardise(features: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """All rows, shifted and scaled by the statistics of some. A constant column stays zero, with scale 1."""
-    mean = features[rows].mean(0)
-    scale = features[rows].std(0, correction=0)
+    mean = take(features, rows).mean(0)
+    scale = take(features, rows).std(0, correction=0)
     constant = scale <= 1e-6 * mean.abs().clamp_min(1e-6)
     scale = torch.where(constant, torch.ones_like(scale), scale)
-    x = (features - mean) / scale
+    x = (features - mean).div_(scale)
     x[:, constant] = 0.0
     return x, mean, scale

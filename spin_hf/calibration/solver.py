@@ -12,11 +12,12 @@ last.
 Method. A proximal Newton iteration on a working set of weights (those that are not zero, and those whose gradient is
 largest), in the spirit of glmnet (Friedman et al. 2010) and of celer's working sets (Massias et al. 2018). Curvature of
 the rows gives a small Gram matrix for each output column; coupled columns share their exact joint Hessian, and where
-that would be too large they move in turn. The L1 quadratic on it is solved by FISTA with restarts (Beck and Teboulle
-2009; O'Donoghue and Candes 2015), and a line search makes every step a descent. Outside the working set nothing is
-touched until the working set is solved; then one pass over all columns yields the gradient, from which come both the
-next working set and a dual feasible point, hence the gap. It is a certificate: the objective can't be improved by more
-than ``gap`` times itself, whatever the solver did on the way.
+that would be too large they move in turn. That matrix is what costs, so it is kept along the path, grows with the
+working set, and is made anew only when a step of it leaves too much of the gap. The L1 quadratic on it is
+solved by FISTA with restarts (Beck and Teboulle 2009; O'Donoghue and Candes 2015), and a line search makes every step a
+descent. Outside the working set nothing is touched until the working set is solved; then one pass over all columns
+yields the gradient, from which come both the next working set and a dual feasible point, hence the gap. It is a
+certificate: the objective can't be improved by more than ``gap`` times itself, whatever the solver did on the way.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 from .losses import Loss
 
 _LEAST_ADDED = 32  # weights of a column that may enter the working set at once; more once its support is large
-_STEPS_PER_GRAM = 4
+_CONTRACTION = 0.5  # a curvature by which a step leaves more of the gap than this no longer serves
 _STEPS_PER_SOLVE = 20
 _LARGEST_JOINT = 4096  # weights of coupled columns up to which their whole Hessian is made
 _PATIENCE = 20  # steps without a better gap after which rounding is taken to be the limit
@@ -60,8 +61,10 @@ class PathPoint:
 
 def smallest_useful_C(x: Tensor, y: Tensor, s: Tensor, loss: Loss) -> float:
     """The ``C`` up to which every weight is zero (``sklearn.svm.l1_min_c`` for an intercept without penalty)."""
-    problem = _Problem(x, y, s, loss)
-    peak = float(problem.gradient().abs().max())
+    y, s = y.double().to(x.device), s.double().to(x.device)
+    scores = torch.zeros_like(y)
+    residual = loss.residual(scores + balance(loss, scores, scores[0], y, s), y, s)
+    peak = float((x.T @ residual.to(x.dtype)).abs().max())
     return 1.0 / peak if peak > 0 else float("inf")
 
 
@@ -95,6 +98,7 @@ def solve_path(
     if list(Cs) != sorted(Cs):
         raise ValueError(f"Cs must ascend, so that each solution starts the next one; got {list(Cs)}.")
     problem = _Problem(x, y, s, loss, factors, start)
+    del x  # the problem has its own copy, by columns
     for C in Cs:
         yield problem.solve(C, tol, max_steps)
 
@@ -138,7 +142,8 @@ class _Problem:
         factors: Tensor | None = None,
         start: Tensor | None = None,
     ) -> None:
-        self.x, self.loss = x, loss
+        self.xt, self.loss = x.T.contiguous(), loss  # a feature is a row: working sets are read row by row
+        self.last: _Quadratic | None = None
         self.factors = torch.ones_like(x[0]) if factors is None else factors.to(x)
         self.y, self.s = y.double().to(x.device), s.double().to(x.device)
         self.weight = x.new_zeros(x.shape[1], y.shape[1]) if start is None else start.T.clone()
@@ -154,7 +159,7 @@ class _Problem:
 
     def gradient(self) -> Tensor:
         """Minus the gradient of the loss with respect to all weights over their factors, ``(d, K)``."""
-        return self.x.T @ self.residual().to(self.x.dtype) / self.factors[:, None]
+        return self.xt @ self.residual().to(self.xt.dtype) / self.factors[:, None]
 
     def relative_gaps(self, gradient: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
         """Objective and relative duality gap of each column, or of all together in each where they are coupled.
@@ -191,54 +196,66 @@ class _Problem:
             if gap <= tol or steps >= max_steps or stuck:
                 break
             active, last_gap = grown, gap
-            steps += self._solve_on(active, penalty, tol / 2, max_steps - steps)
+            # A set that is not final need not be solved far beyond what is missing outside it.
+            steps += self._solve_on(active, penalty, max(tol / 2, gap / 10), max_steps - steps)
             gradient = self.gradient()
         value = float(objective[0] if self.loss.coupled else objective.sum())
-        return PathPoint(C, self.weight.T.clone(), self.intercept.to(self.x.dtype), value, gap, steps, gap <= tol)
+        return PathPoint(C, self.weight.T.clone(), self.intercept.to(self.xt.dtype), value, gap, steps, gap <= tol)
 
     def _solve_on(self, active: Tensor, penalty: float, tol: float, max_steps: int) -> int:
         """Proximal Newton on the active weights, intercepts included, to a relative gap of ``tol`` on those weights."""
         union = active.any(1).nonzero()[:, 0]
-        x = torch.cat([self.x[:, union], self.x.new_ones(len(self.x), 1)], 1)
+        xt = torch.cat([self.xt[union], self.xt.new_ones(1, self.xt.shape[1])])
         factors = self.factors[union, None]
-        members = torch.nn.functional.pad(active[union].T, (0, 1), value=True)  # (K, columns of x)
+        members = torch.nn.functional.pad(active[union].T, (0, 1), value=True)  # (K, rows of xt)
         penalties = penalty * torch.cat([factors[:, 0], factors.new_zeros(1)]).double().expand(members.shape)
         present = torch.cat([self.weight[union].double(), self.intercept[None]]).T
-        parts = [_Quadratic(x, part, joint=self.loss.coupled) for part in self._parts(members)]
+        parts = self._quadratics(xt, torch.nn.functional.pad(union, (0, 1), value=len(self.xt)), members)
         accuracy, least = 0.1, float(factors.min()) if len(factors) else 1.0
-        lowest, since_lowest = float("inf"), 0
+        gap = lowest = float("inf")
+        since_lowest = 0
         for step in range(1, max_steps + 1):
             stood = True
             for part in parts:
                 z = self.scores + self.intercept
-                part.bend(self.loss, z, self.s)
-                slope = (x.T @ self.residual().to(x.dtype)).double().T
+                part.bend(xt, self.loss, z, self.s)
+                slope = (xt @ self.residual().to(xt.dtype)).double().T
                 move = part.move(slope, penalties, present, accuracy * penalty * least)
                 promised = (penalties * ((present + move).abs() - present.abs()) - slope * move).sum(1)
-                shift = (x @ move.T.to(x.dtype)).double()
+                shift = (move.to(xt.dtype) @ xt).double().T
                 length = self._line_search(z, shift, present, move, penalties, promised)
                 present = present + length[:, None] * move
-                part.fits = part.fits and bool((length == 1.0).all())
+                part.fits = bool((length == 1.0).all())
                 stood = stood and bool((length == 0.0).all())
                 self.intercept = present[:, -1]
                 self.scores = z + length * shift - self.intercept
                 self.balance()
                 present[:, -1] = self.intercept
-            self.weight[union] = present[:, :-1].T.to(x.dtype)
-            gradient = x[:, :-1].T @ self.residual().to(x.dtype) / factors
-            gap = float(self.relative_gaps(gradient * members[:, :-1].T, penalty)[1].max())
+            self.weight[union] = present[:, :-1].T.to(xt.dtype)
+            gradient = xt[:-1] @ self.residual().to(xt.dtype) / factors
+            last, gap = gap, float(self.relative_gaps(gradient * members[:, :-1].T, penalty)[1].max())
             lowest, since_lowest = (gap, 0) if gap < 0.9 * lowest else (lowest, since_lowest + 1)
             if gap <= tol or stood or since_lowest >= _PATIENCE:
                 return step
+            for part in parts:
+                part.fits = part.fits and gap <= _CONTRACTION * last
             accuracy = max(min(accuracy / 2, 0.1 * gap**0.5), 0.1 * tol)
         return max_steps
 
-    def _parts(self, members: Tensor) -> list[Tensor]:
-        """``members`` in parts that move in turn: coupled columns are split where their Hessian would be too large."""
-        if not self.loss.coupled:
-            return [members]
-        part = members.sum(1).cumsum(0).sub(1) // _LARGEST_JOINT
-        return [members * (part == i)[:, None] for i in part.unique()]
+    def _quadratics(self, xt: Tensor, features: Tensor, members: Tensor) -> list[_Quadratic]:
+        """The model of the loss in the members; several that move in turn where a joint Hessian would be too large."""
+        part = torch.zeros_like(members[:, 0], dtype=torch.int64)
+        if self.loss.coupled:
+            part = members.sum(1).cumsum(0).sub(1) // _LARGEST_JOINT
+        parts = [
+            _Quadratic(features, len(self.xt) + 1, members * (part == i)[:, None], joint=self.loss.coupled)
+            for i in part.unique()
+        ]
+        if len(parts) == 1:
+            if self.last is not None:
+                parts[0].take_over(self.last, xt)
+            self.last = parts[0]
+        return parts
 
     def _line_search(
         self, z: Tensor, shift: Tensor, present: Tensor, move: Tensor, penalties: Tensor, promised: Tensor
@@ -269,52 +286,85 @@ class _Quadratic:
     """The second-order model of the loss in the working set's weights: one problem for each output column, or, where
     they are coupled, a joint one with the exact Hessian.
 
+    The curvature is taken where the model is first needed, and anew only when it no longer serves: the Gram matrix is
+    what costs. A larger working set takes over what it shares with the last.
+
     Args:
-        x: ``(n, m)``, the last column ones.
+        features: number of each of the ``m`` features in the whole problem, the intercept last.
+        total: features of the whole problem, the intercept included.
         members: which of the ``(K, m)`` weights may move.
         joint: whether the columns form one problem.
     """
 
-    def __init__(self, x: Tensor, members: Tensor, *, joint: bool) -> None:
-        self.x, self.joint, self.shape = x, joint, members.shape
+    def __init__(self, features: Tensor, total: int, members: Tensor, *, joint: bool) -> None:
+        self.joint, self.shape = joint, members.shape
         flat = members.reshape(1 if joint else len(members), -1)
         self.sizes = flat.sum(1).tolist()
         # For each problem its weights' places in a row of `flat`; rows of fewer weights are padded.
         self.own = flat.int().argsort(dim=1, descending=True, stable=True)[:, : max(self.sizes)]
         self.real = flat.gather(1, self.own)
-        self.gram = x.new_zeros(len(self.own), *self.own.shape[1:] * 2, dtype=torch.float64)
+        outputs = self.own // len(features) if joint else torch.arange(len(flat), device=self.own.device)[:, None]
+        self.column = self.own % len(features)
+        self.output = outputs.expand_as(self.own)
+        self.key = self.output * total + features[self.column]  # a weight's number in the whole problem
+        self.keys = total * len(members)
+        self.gram = torch.zeros(len(self.own), *self.own.shape[1:] * 2, dtype=torch.float64, device=features.device)
         self.rings = self.own.new_zeros(0, len(members))
         if joint:
             places = (flat[0].cumsum(0) - 1).reshape(members.shape)[:, :-1]
             self.rings = places[:, members[:, :-1].all(0)].T
-        self.age, self.fits = _STEPS_PER_GRAM, True
+        self.curvature = self.row_weights = torch.zeros(0)
+        self.fits = False
 
-    def bend(self, loss: Loss, z: Tensor, s: Tensor) -> None:
-        """Take the curvature at these scores, if the present one is old or did not fit the last step."""
-        self.age += 1
-        if self.fits and self.age <= _STEPS_PER_GRAM:
+    def take_over(self, other: _Quadratic, xt: Tensor) -> None:
+        """Begin with the curvature of another model of the same problem, where most of this one's weights are in it."""
+        if not other.fits:
             return
-        self.age, self.fits = 1, True
-        if self.joint:
-            self._bend_jointly(torch.softmax(z, 1).to(self.x.dtype), s.to(self.x.dtype))
-        else:
-            curvature = loss.curvature(z, s).to(self.x.dtype)
-            for k, size in enumerate(self.sizes):
-                part = self.x[:, self.own[k, :size]]
-                self.gram[k, :size, :size] = (part.T @ (curvature[:, k, None] * part)).double()
+        place = torch.full((self.keys,), -1, device=xt.device)
+        for k, size in enumerate(self.sizes):
+            place[other.key[k, : other.sizes[k]]] = torch.arange(other.sizes[k], device=xt.device)
+            if int((place[self.key[k, :size]] >= 0).sum()) < size / 2:
+                return
+        self.curvature, self.row_weights, self.fits = other.curvature, other.row_weights, True
+        for k, size in enumerate(self.sizes):
+            there = place[self.key[k, :size]]
+            old, new = (there >= 0).nonzero()[:, 0], (there < 0).nonzero()[:, 0]
+            self.gram[k, old[:, None], old] = other.gram[k][there[old][:, None], there[old]]
+            block = self._rows(xt, k, new)
+            self.gram[k, new, :size] = block
+            self.gram[k, :size, new] = block.T
+        self._settle()
+
+    def bend(self, xt: Tensor, loss: Loss, z: Tensor, s: Tensor) -> None:
+        """Take the curvature at these scores, if the present one does not serve."""
+        if self.fits:
+            return
+        self.fits = True
+        self.row_weights = s.to(xt.dtype)
+        self.curvature = (torch.softmax(z, 1) if self.joint else loss.curvature(z, s)).to(xt.dtype)
+        for k, size in enumerate(self.sizes):
+            self.gram[k, :size, :size] = self._rows(xt, k, torch.arange(size, device=xt.device))
+        self._settle()
+
+    def _rows(self, xt: Tensor, k: int, which: Tensor) -> Tensor:
+        """Rows of a problem's Gram matrix, ``(len(which), size)``."""
+        column, output = self.column[k, : self.sizes[k]], self.output[k, : self.sizes[k]]
+        if not self.joint:
+            return ((xt[column[which]] * self.curvature[:, k]) @ xt[column].T).double()
+        p = self.curvature.T.contiguous()
+        weighted = xt[column] * p[output]
+        part = weighted[which] * self.row_weights[:, 0]
+        rows = -(part @ weighted.T).double()
+        for own in range(self.shape[0]):
+            mine, ours = (output == own).nonzero()[:, 0], (output[which] == own).nonzero()[:, 0]
+            rows[ours[:, None], mine] += (part[ours] @ xt[column[mine]].T).double()
+        return rows
+
+    def _settle(self) -> None:
         self.gram = (self.gram + self.gram.mT) / 2  # rounded to float32, the two halves differ
         self.bound = _largest_eigenvalues(self.gram)
         # More than the rounding of float32, so that it can be factorised; little beside any curvature that matters.
         self.gram.diagonal(dim1=1, dim2=2).add_(3e-7 * self.bound[:, None])
-
-    def _bend_jointly(self, p: Tensor, s: Tensor) -> None:
-        output, column = self.own[0] // self.shape[1], self.own[0] % self.shape[1]
-        part = self.x[:, column] * p[:, output]
-        self.gram[0] = -(part.T @ (s * part)).double()
-        for k in range(self.shape[0]):
-            mine = (output == k).nonzero()[:, 0]
-            part = self.x[:, column[mine]]
-            self.gram[0, mine[:, None], mine] += (part.T @ (s * p[:, k, None] * part)).double()
 
     def move(self, slope: Tensor, penalties: Tensor, present: Tensor, accuracy: float) -> Tensor:
         """The way ``(K, m)`` from ``present`` to where the model plus ``penalties * |weights|`` is least."""
