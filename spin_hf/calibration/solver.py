@@ -143,7 +143,7 @@ class _Problem:
         start: Tensor | None = None,
     ) -> None:
         self.xt, self.loss = x.T.contiguous(), loss  # a feature is a row: working sets are read row by row
-        self.last: _Quadratic | None = None
+        self.last: list[_Quadratic] = []
         self.factors = torch.ones_like(x[0]) if factors is None else factors.to(x)
         self.y, self.s = y.double().to(x.device), s.double().to(x.device)
         self.weight = x.new_zeros(x.shape[1], y.shape[1]) if start is None else start.T.clone()
@@ -251,10 +251,9 @@ class _Problem:
             _Quadratic(features, len(self.xt) + 1, members * (part == i)[:, None], joint=self.loss.coupled)
             for i in part.unique()
         ]
-        if len(parts) == 1:
-            if self.last is not None:
-                parts[0].take_over(self.last, xt)
-            self.last = parts[0]
+        for quadratic, last in zip(parts, self.last, strict=False):
+            quadratic.take_over(last, xt)
+        self.last = parts
         return parts
 
     def _line_search(
