@@ -63,6 +63,7 @@ def spin_calibrate(
     Every tap of the backbone is read once per text and pooled; each (tap, pooling) gets a path of sparse probes; the
     neurons that carry the label are selected; a linear head is fitted on each candidate set; the best by ``metric`` on
     the evaluation rows is written into the model, and the blocks above it are removed. The backbone's weights stay.
+    On those rows a temperature is fitted too, if it helps: the result's ``confidence`` says how far to trust the model.
 
     Args:
         model: from ``SpinForSequenceClassification.from_backbone``.
