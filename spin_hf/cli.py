@@ -79,6 +79,7 @@ def _one_line_errors(command: _F) -> _F:
 
 TextColumn = Annotated[list[str] | None, typer.Option(help="Column of the texts; twice for sentence pairs.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels.")]
+MinConfidence = Annotated[float | None, typer.Option(help="Abstain from texts of a lower confidence, 0 to 1.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the backbone's repository.")]
 
 
@@ -169,6 +170,7 @@ def predict(
         Path | None, typer.Option(help="csv, tsv, json, jsonl, parquet, or txt with a text a line.")
     ] = None,
     text_column: TextColumn = None,
+    min_confidence: MinConfidence = None,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -178,7 +180,9 @@ def predict(
 
     first, second = _texts_to_predict(texts, file, text_column)
     classifier, tokenizer = _load_classifier(model, device, trust_remote_code)
-    prediction = predict_texts(classifier, tokenizer, first, second, batch_tokens=batch_tokens)
+    prediction = predict_texts(
+        classifier, tokenizer, first, second, batch_tokens=batch_tokens, min_confidence=min_confidence
+    )
     for i, text in enumerate(first):
         shown = {"text": text} if second is None else {"text": text, "text_pair": second[i]}
         sys.stdout.write(json.dumps({**shown, **prediction.row(i)}, ensure_ascii=False) + "\n")
@@ -191,6 +195,7 @@ def evaluate(
     data: Annotated[str, typer.Argument(help="csv, tsv, json, jsonl or parquet file, or NAME[:SPLIT] on the Hub.")],
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    min_confidence: MinConfidence = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -198,7 +203,8 @@ def evaluate(
     """Score a classifier on labelled texts, with the confusion matrix."""
     rows = _load_data(data, None, 0)
     classifier, tokenizer = _load_classifier(model, device, trust_remote_code)
-    _report(classifier, tokenizer, rows, {"text_column": text_column, "label_column": label_column}, as_json=as_json)
+    columns = {"text_column": text_column, "label_column": label_column}
+    _report(classifier, tokenizer, rows, columns, as_json=as_json, min_confidence=min_confidence)
 
 
 @app.command()
@@ -356,7 +362,15 @@ def _texts_to_predict(
     return lines, None
 
 
-def _report(model: Any, tokenizer: Any, source: Any, columns: dict[str, Any], *, as_json: bool) -> None:
+def _report(
+    model: Any,
+    tokenizer: Any,
+    source: Any,
+    columns: dict[str, Any],
+    *,
+    as_json: bool,
+    min_confidence: float | None = None,
+) -> None:
     """Metrics and confusion matrix of a classifier on labelled rows."""
     from sklearn.metrics import confusion_matrix
 
@@ -367,12 +381,13 @@ def _report(model: Any, tokenizer: Any, source: Any, columns: dict[str, Any], *,
     rows = read_rows(source, "test", **columns)
     names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
     labels = encode_labels(rows, names, model.config.problem_type, "test")
-    prediction = predict_texts(model, tokenizer, rows.texts, rows.pairs)
+    prediction = predict_texts(model, tokenizer, rows.texts, rows.pairs, min_confidence=min_confidence)
     scores = evaluate_prediction(prediction, labels)
     single = model.config.problem_type == "single_label_classification"
     matrix = confusion_matrix(labels, prediction.labels, labels=range(len(names))) if single else None
     if as_json:
-        values: dict[str, Any] = {"rows": len(rows), "truncated": prediction.truncated, **scores}
+        values: dict[str, Any] = {"rows": len(rows), "truncated": prediction.truncated}
+        values.update({name: None if np.isnan(value) else value for name, value in scores.items()})  # NaN is no JSON
         if matrix is not None:
             values["labels"], values["confusion_matrix"] = list(names), matrix.tolist()
         sys.stdout.write(json.dumps(values) + "\n")

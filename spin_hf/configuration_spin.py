@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -49,10 +50,12 @@ class SpinConfig(PreTrainedConfig):
             and pooling; empty until calibrated. The neurons' indices are a buffer of the model.
         class_weights: weight of each label in the training loss, in the order of ``id2label``.
         max_text_tokens: tokens per text that calibration used; longer texts were cut.
+        logit_temperature: what the model divides its logits by, so that probabilities match how often they hold.
         spin_format: version of this format.
 
     Raises:
-        CheckpointError: for a newer format, an unknown backbone type, or a remote-code backbone without trust.
+        CheckpointError: for a newer format, an unknown backbone type, a remote-code backbone without trust,
+            or a ``logit_temperature`` that is not a positive number.
     """
 
     model_type = "spin"
@@ -67,6 +70,7 @@ class SpinConfig(PreTrainedConfig):
         features: list[dict[str, Any]] | None = None,
         class_weights: list[float] | None = None,
         max_text_tokens: int | None = None,
+        logit_temperature: float = 1.0,
         spin_format: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
@@ -85,6 +89,7 @@ class SpinConfig(PreTrainedConfig):
         self.features = [_checked_entry(entry) for entry in features or []]
         self.class_weights = class_weights
         self.max_text_tokens = max_text_tokens
+        self.logit_temperature = _checked_temperature(logit_temperature)
         attention = kwargs.pop("attn_implementation", None)  # the backbone's, as the wrapper has none
         if attention is not None and isinstance(self.backbone_config, PreTrainedConfig):
             self.backbone_config._attn_implementation = attention
@@ -139,3 +144,9 @@ def _checked_entry(entry: dict[str, Any]) -> dict[str, Any]:
             f"An entry of `features` should look like {{'tap': 'ffn.3', 'pooling': 'mean', 'count': 120}}; got {entry}."
         )
     return entry
+
+
+def _checked_temperature(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        raise CheckpointError(f"`logit_temperature` should be a positive, finite number (1.0 for none); got {value!r}.")
+    return float(value)

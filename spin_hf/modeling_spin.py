@@ -445,12 +445,16 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         return spin
 
     def set_head(self, weight: Tensor, bias: Tensor) -> None:
-        """Replace ``score``. ``weight`` is ``(num_labels, num_features)``, ``bias`` ``(num_labels,)``. **In place.**"""
+        """Replace ``score``. ``weight`` is ``(num_labels, num_features)``, ``bias`` ``(num_labels,)``. **In place.**
+
+        The temperature was the old head's, so it is 1 again.
+        """
         score = _linear(weight.shape[1], weight.shape[0])
         with torch.no_grad():
             score.weight.copy_(weight)
             score.bias.copy_(bias)
         self.score = score.to(model_device(self.spin.backbone))
+        self.config.logit_temperature = 1.0
 
     def forward(
         self,
@@ -466,6 +470,10 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
     ) -> SpinSequenceClassifierOutput | tuple[Tensor, ...]:
         """Classify a batch.
 
+        Logits are the head's output divided by ``config.logit_temperature``, which calibration fitted, so that softmax
+        or sigmoid gives probabilities that match how often they hold. The loss is taken on these same logits: a head
+        that is trained further adapts to the temperature, and evaluation and serving see what was trained.
+
         Args:
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: as in :meth:`SpinModel.forward`.
             labels: class ids ``(batch,)``, 0/1 floats ``(batch, num_labels)`` for multi-label, or floats ``(batch,)``
@@ -479,7 +487,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         hidden = self.spin(*inputs, return_dict=True, **kwargs)
         with torch.autocast(hidden.features.device.type, enabled=False):
-            logits = self.score(hidden.features)
+            logits = self.score(hidden.features) / self.config.logit_temperature
             loss = None if labels is None else self._loss(logits, labels.to(logits.device))
         features = hidden.features if output_features else None
         if not _wants_dict(return_dict, self.config):

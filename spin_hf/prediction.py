@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn import metrics
+from sklearn.metrics import mean_absolute_error
 from transformers import PreTrainedTokenizerBase
 
+from .calibration.confidence import expected_calibration_error, text_confidence
+from .calibration.errors import ConfidenceError
 from .calibration.extraction import check_tokenizer, encode, pad, plan_batches, window
+from .calibration.task import METRICS
 from .modeling_spin import NotCalibratedError, SpinForSequenceClassification
 from .taps import model_device
 
@@ -20,7 +23,8 @@ from .taps import model_device
 class Prediction:
     """Logits and probabilities ``(n, num_labels)`` of some texts; for regression both are the predicted numbers.
 
-    ``truncated`` texts were cut to the model's window.
+    ``truncated`` texts were cut to the model's window. Texts of a :attr:`confidence` below ``min_confidence`` are
+    abstained from: their rows say so instead of naming a label. The arrays hold all texts.
     """
 
     logits: np.ndarray
@@ -28,6 +32,7 @@ class Prediction:
     names: tuple[str, ...]
     problem_type: str
     truncated: int
+    min_confidence: float | None = None
 
     @property
     def labels(self) -> np.ndarray:
@@ -38,14 +43,43 @@ class Prediction:
             return np.asarray((self.logits > 0).astype(np.int64))
         return np.asarray(self.logits.argmax(1))
 
+    @property
+    def confidence(self) -> np.ndarray:
+        """Probability of each text's label ``(n,)``; for multi-label that of its least sure decision.
+
+        Raises:
+            ConfidenceError: for regression.
+        """
+        if self.problem_type == "regression":
+            raise ConfidenceError("Regression predicts a number without a confidence.")
+        return text_confidence(self.probabilities, multi_label=self.problem_type == "multi_label_classification")
+
+    @property
+    def abstained(self) -> np.ndarray:
+        """Which texts are abstained from, booleans ``(n,)``; none without ``min_confidence``."""
+        if self.min_confidence is None:
+            return np.zeros(len(self.logits), dtype=bool)
+        return self.confidence < self.min_confidence
+
     def row(self, index: int) -> dict[str, Any]:
-        """One prediction as plain values: label (or labels, or value) and the probability of each name."""
+        """One prediction as plain values: label (or labels, or value) and the probability of each name.
+
+        With ``min_confidence`` also whether it was abstained from; if so, label or labels are ``None``.
+        """
         if self.problem_type == "regression":
             return {"value": float(self.logits[index, 0])}
         scores = {name: float(p) for name, p in zip(self.names, self.probabilities[index], strict=True)}
-        if self.problem_type == "multi_label_classification":
-            return {"labels": [self.names[i] for i in np.flatnonzero(self.labels[index])], "scores": scores}
-        return {"label": self.names[int(self.labels[index])], "scores": scores}
+        multi_label = self.problem_type == "multi_label_classification"
+        answer: Any = (
+            [self.names[i] for i in np.flatnonzero(self.labels[index])]
+            if multi_label
+            else self.names[int(self.labels[index])]
+        )
+        row = {"labels" if multi_label else "label": answer, "scores": scores}
+        if self.min_confidence is None:
+            return row
+        abstained = bool(self.abstained[index])
+        return {**row, **({next(iter(row)): None} if abstained else {}), "abstained": abstained}
 
 
 @torch.no_grad()
@@ -56,14 +90,25 @@ def predict(
     pairs: Sequence[str] | None = None,
     *,
     batch_tokens: int = 4096,
+    min_confidence: float | None = None,
 ) -> Prediction:
     """Predict texts (or sentence pairs) with a calibrated model.
 
+    Args:
+        model: a calibrated classifier.
+        tokenizer: the one it was calibrated with.
+        texts: the texts.
+        pairs: second texts, for sentence pairs.
+        batch_tokens: padded tokens per batch.
+        min_confidence: abstain from texts of a lower confidence, between 0 and 1.
+            ``result.confidence.threshold_for(accuracy=0.95)`` says which one reaches an accuracy.
+
     Raises:
-        NotCalibratedError, PadTokenError, TokenizerMismatchError: before any work.
+        NotCalibratedError, ConfidenceError, PadTokenError, TokenizerMismatchError: before any work.
     """
     if not model.calibrated:
         raise NotCalibratedError("This model was never calibrated; run spin_calibrate first.")
+    _check_min_confidence(min_confidence, model.config.problem_type)
     check_tokenizer(tokenizer, model)
     limit = model.config.max_text_tokens or window(tokenizer, model)
     encoded = encode(tokenizer, list(texts), None if pairs is None else list(pairs), limit)
@@ -86,22 +131,39 @@ def predict(
     else:
         probabilities = logits.softmax(-1)
     names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
-    return Prediction(logits.numpy(), probabilities.numpy(), names, problem_type, encoded.truncated)
+    return Prediction(logits.numpy(), probabilities.numpy(), names, problem_type, encoded.truncated, min_confidence)
 
 
 def evaluate(prediction: Prediction, labels: np.ndarray) -> dict[str, float]:
-    """The usual metrics of a problem type."""
+    """The usual metrics of a problem type, over all texts.
+
+    With ``min_confidence`` also ``coverage``, the share of texts answered, and ``selective_accuracy``, the accuracy on
+    those (NaN where none was; for multi-label the share of texts whose labels are all right).
+    """
     predicted = prediction.labels
+    scores = {name: float(METRICS[name][0](labels, predicted)) for name in _REPORTED[prediction.problem_type]}
     if prediction.problem_type == "regression":
-        return {
-            "r2": float(metrics.r2_score(labels, predicted)),
-            "mean_absolute_error": float(metrics.mean_absolute_error(labels, predicted)),
-        }
-    scores = {
-        "accuracy": float(metrics.accuracy_score(labels, predicted)),
-        "macro_f1": float(metrics.f1_score(labels, predicted, average="macro", zero_division=0.0)),
-        "micro_f1": float(metrics.f1_score(labels, predicted, average="micro", zero_division=0.0)),
-    }
-    if prediction.problem_type == "single_label_classification":
-        scores["matthews"] = float(metrics.matthews_corrcoef(labels, predicted))
+        return {**scores, "mean_absolute_error": float(mean_absolute_error(labels, predicted))}
+    scores["expected_calibration_error"] = expected_calibration_error(labels, prediction.probabilities)
+    if prediction.min_confidence is not None:
+        kept = ~prediction.abstained
+        accuracy, _ = METRICS["accuracy"]
+        scores["coverage"] = float(kept.mean())
+        scores["selective_accuracy"] = float(accuracy(labels[kept], predicted[kept])) if kept.any() else float("nan")
     return scores
+
+
+_REPORTED = {
+    "single_label_classification": ("accuracy", "macro_f1", "micro_f1", "matthews"),
+    "multi_label_classification": ("accuracy", "macro_f1", "micro_f1"),
+    "regression": ("r2",),
+}
+
+
+def _check_min_confidence(value: float | None, problem_type: str) -> None:
+    if value is None:
+        return
+    if problem_type == "regression":
+        raise ConfidenceError("Regression predicts a number without a confidence; leave min_confidence out.")
+    if not 0 <= value <= 1:
+        raise ConfidenceError(f"min_confidence must be a probability, between 0 and 1; got {value!r}.")

@@ -79,6 +79,32 @@ def test_evaluate_json_and_tables_agree(classifier, files):
     assert all(name in shown for name in values["labels"])
 
 
+def test_abstaining(classifier, files):
+    texts = load_split("test")[:30]
+    arguments = [row["text"] for row in texts]
+    plain = [json.loads(line) for line in run("predict", classifier, *arguments).stdout.splitlines()]
+    confidences = sorted(max(row["scores"].values()) for row in plain)
+    threshold = sum(confidences[14:16]) / 2
+    lines = run("predict", classifier, *arguments, "--min-confidence", threshold).stdout.splitlines()
+    for row, before in zip(map(json.loads, lines), plain, strict=True):
+        assert row["abstained"] == (max(before["scores"].values()) < threshold)
+        assert row["label"] == (None if row["abstained"] else before["label"])
+        assert row["scores"] == before["scores"]
+    whole = json.loads(run("evaluate", classifier, files / "test.csv", "--json").stdout)
+    assert 0 <= whole["expected_calibration_error"] <= 1
+    assert "coverage" not in whole
+    some = run("evaluate", classifier, files / "test.csv", "--json", "--min-confidence", threshold).stdout
+    values = json.loads(some)
+    assert 0 < values["coverage"] < 1
+    assert values["selective_accuracy"] != values["accuracy"]
+    assert {name: values[name] for name in whole} == whole
+    shown = run("evaluate", classifier, files / "test.csv", "--min-confidence", threshold).stdout
+    assert f"coverage {values['coverage']:.4f}, selective_accuracy {values['selective_accuracy']:.4f}" in shown
+    none = json.loads(run("evaluate", classifier, files / "test.csv", "--json", "--min-confidence", 1).stdout)
+    assert (none["coverage"], none["selective_accuracy"]) == (0, None)
+    assert "between 0 and 1; got 1.5" in fails("predict", classifier, "text", "--min-confidence", 1.5)
+
+
 def test_columns_are_named(classifier, files):
     other = files / "other.parquet"
     named = run("evaluate", classifier, other, "--text-column", "body", "--label-column", "topic", "--json").stdout

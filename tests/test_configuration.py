@@ -18,6 +18,7 @@ def config(**changes):
         "features": FEATURES,
         "class_weights": [1.0, 2.0, 0.5],
         "max_text_tokens": 48,
+        "logit_temperature": 1.75,
         "id2label": {0: "low", 1: "middle", 2: "high"},
         "label2id": {"low": 0, "middle": 1, "high": 2},
         "problem_type": "single_label_classification",
@@ -39,6 +40,7 @@ def test_json_round_trip(tmp_path):
         assert type(loaded) is SpinConfig
         assert loaded.id2label == {0: "low", 1: "middle", 2: "high"}
         assert loaded.label2id == {"low": 0, "middle": 1, "high": 2}
+        assert loaded.logit_temperature == 1.75
         assert (loaded.num_labels, loaded.num_features, loaded.hidden_size) == (3, 5, 32)
 
 
@@ -77,6 +79,23 @@ def test_empty():
 def test_entries_of_features_are_checked(entry):
     with pytest.raises(CheckpointError, match="An entry of `features` should look like"):
         config(features=[entry])
+
+
+@pytest.mark.parametrize("value", [0, -1.5, float("nan"), float("inf"), "2", None, True])
+def test_a_temperature_is_a_positive_number(value, tmp_path):
+    with pytest.raises(CheckpointError, match="`logit_temperature` should be a positive, finite number"):
+        config(logit_temperature=value)
+    config().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "logit_temperature": value}))
+    with pytest.raises(CheckpointError, match="`logit_temperature`"):
+        SpinConfig.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_from_before_temperatures_has_none():
+    values = config().to_dict()
+    del values["logit_temperature"]
+    assert SpinConfig.from_dict(values).logit_temperature == 1.0
 
 
 def test_a_newer_format():

@@ -164,6 +164,25 @@ def test_what_is_returned(bert_backbone):
 # -- losses ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+def test_temperature_divides_logits_and_the_loss_sees_it(tmp_path, bert_backbone, problem_type):
+    model = calibrated(bert_backbone, labels=["a", "b", "c"], problem_type=problem_type)
+    multi_label = problem_type == "multi_label_classification"
+    labels = torch.ones(4, 3) if multi_label else torch.tensor([0, 1, 2, 0])
+    plain = model(**make_batch(), labels=labels)
+    model.config.logit_temperature = 2.5
+    model.save_pretrained(tmp_path)
+    scaled = SpinForSequenceClassification.from_pretrained(tmp_path)(**make_batch(), labels=labels)
+    torch.testing.assert_close(scaled.logits, plain.logits / 2.5)
+    assert torch.equal(scaled.logits.argmax(1), plain.logits.argmax(1))
+    assert torch.equal(scaled.logits > 0, plain.logits > 0)
+    loss = F.binary_cross_entropy_with_logits if multi_label else F.cross_entropy
+    torch.testing.assert_close(scaled.loss, loss(scaled.logits, labels))
+    model.set_head(model.score.weight.detach(), model.score.bias.detach())
+    assert model.config.logit_temperature == 1.0
+    assert torch.equal(model(**make_batch()).logits, plain.logits)
+
+
 def test_single_label_loss(bert_backbone):
     model = calibrated(bert_backbone, labels=["a", "b", "c"])
     batch, labels = make_batch(), torch.tensor([0, 2, 1, 2])

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..depth import why_whole
 from ..modeling_spin import FeatureGroup, SpinForSequenceClassification
 from ..taps import Tap, model_device, tap_width
+from .confidence import Confidence
 from .errors import CalibrationError
 from .extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
 from .folds import check_sample_weight, prepare
@@ -61,6 +63,7 @@ def spin_calibrate(
     Every tap of the backbone is read once per text and pooled; each (tap, pooling) gets a path of sparse probes; the
     neurons that carry the label are selected; a linear head is fitted on each candidate set; the best by ``metric`` on
     the evaluation rows is written into the model, and the blocks above it are removed. The backbone's weights stay.
+    On those rows a temperature is fitted too, if it helps: the result's ``confidence`` says how far to trust the model.
 
     Args:
         model: from ``SpinForSequenceClassification.from_backbone``.
@@ -181,8 +184,14 @@ def spin_calibrate(
                         final = _finish(fitter, chosen, tried, tol)
                     best = final.candidate
             baselines = _baselines(fitter, taps, recipe, blocks, probes)
+            confidence = None
+            if task.problem_type != "regression":
+                with clock("confidence"):
+                    held_out = _held_out_logits(fitter, chosen, tried, final, tol)
+                    confidence = Confidence.measure(held_out, truth, seed=seed)
     model.spin.set_features(final.groups, final.mean, final.scale, depth=final.candidate.depth)
     model.set_head(*task.as_logits(final.weight, final.intercept))
+    model.config.logit_temperature = 1.0 if confidence is None else confidence.temperature
     _write_config(model, task, class_weights, limit, tokenizer)
     everything = [probe for ranked in probes for probe in ranked]
     return CalibrationResult(
@@ -231,6 +240,7 @@ def spin_calibrate(
             "seed": seed,
             "tried_depths": tried_depths,
         },
+        confidence=confidence,
     )
 
 
@@ -343,20 +353,39 @@ class _Final:
     intercept: torch.Tensor
     gap: float
 
+    def logits(self, store: FeatureStore, task: Task, rows: np.ndarray) -> np.ndarray:
+        """``(rows, num_labels)``, as the model will give them."""
+        read = [store.read(group.tap, group.pooling, group.neurons.numpy())[rows] for group in self.groups]
+        features = torch.from_numpy(np.concatenate([np.zeros((len(rows), 0), np.float32), *read], 1))
+        weight, bias = task.as_logits(self.weight, self.intercept)
+        features = (features - self.mean.cpu()) / self.scale.cpu()
+        return np.asarray((features @ weight.cpu().T + bias.cpu()).numpy())
 
-def _finish(fitter: HeadFitter, candidate: Candidate, tried: list[Fitted], tol: float) -> _Final:
-    """The chosen candidate, fitted on the final training rows."""
+
+def _finish(fitter: HeadFitter, candidate: Candidate, tried: list[Fitted], tol: float, fold: int = -1) -> _Final:
+    """The chosen candidate, fitted on the final training rows, or on those of a fold."""
     probes = next(probes for other, probes in tried if other is candidate)
     if candidate.probe is None:
-        columns, point, candidate = fitter.fit_final(probes, candidate, tol)
+        columns, point, candidate = fitter.fit_final(probes, candidate, tol, fold)
         groups = columns.groups()
         return _Final(candidate, groups, columns.mean, columns.scale, point.weight, point.intercept, point.gap)
     probe = next(p for p in probes if str(p.tap) == candidate.probe and p.pooling == candidate.pooling)
-    fit = probe.fits[-1]
+    fit = probe.fits[fold]
     kept = fit.salience.nonzero()[:, 0]
     group = FeatureGroup(probe.tap, probe.pooling, kept.cpu())
     mean, scale, weight = fit.mean[kept], fit.scale[kept], fit.weight[:, kept]
     return _Final(candidate, [group], mean, scale, weight, fit.intercept, probe.worst_gap)
+
+
+def _held_out_logits(
+    fitter: HeadFitter, chosen: Candidate, tried: list[Fitted], final: _Final, tol: float
+) -> np.ndarray:
+    """Logits ``(evaluation rows, num_labels)`` of heads that did not see those rows."""
+    folds = fitter.data.folds
+    heads = [final] if len(folds) == 1 else [_finish(fitter, chosen, tried, tol, fold) for fold in range(len(folds))]
+    return np.concatenate(
+        [head.logits(fitter.store, fitter.data.task, rows) for head, (_, rows) in zip(heads, folds, strict=True)]
+    )
 
 
 def _baselines(

@@ -49,5 +49,9 @@ class NonFiniteFeaturesError(CalibrationError):
     """A tap produced NaN or infinity."""
 
 
+class ConfidenceError(CalibrationError):
+    """A confidence that is no probability, that no threshold reaches, or that the problem type does not have."""
+
+
 class OutputFolderError(CalibrationError):
     """A folder that can't be written to, or has too little room."""

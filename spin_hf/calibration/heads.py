@@ -64,17 +64,17 @@ class HeadFitter:
         return score, features.shape[1]
 
     def fit_final(
-        self, probes: Sequence[Probe], candidate: Candidate, tol: float
+        self, probes: Sequence[Probe], candidate: Candidate, tol: float, fold: int = -1
     ) -> tuple[Columns, PathPoint, Candidate]:
-        """The chosen candidate's columns and head on the final training rows, solved to ``tol``.
+        """The chosen candidate's columns and head on the final training rows, or a fold's, solved to ``tol``.
 
         The candidate comes back with the score of that very head where there are rows that it was not fitted on, as
         the tighter tolerance may turn a text that stood on the fence.
         """
         assert candidate.eta is not None
-        columns = Columns.of(members(probes, candidate.kind, candidate.pooling), -1)
+        columns = Columns.of(members(probes, candidate.kind, candidate.pooling), fold)
         columns = columns.take(columns.kept(candidate.eta, candidate.depth))
-        rows = self.data.refit
+        rows = self.data.fits()[fold]
         features = columns.read(self.store, self.device)
         x = features[rows]
         y, s = self.data.targets[rows], self.data.weights[rows]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .confidence import Confidence
 from .selection import Candidate
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class CalibrationResult:
         convergence: worst relative duality gap of the probes, how many missed the tolerance, the final head's gap.
         probes: for each (tap, pooling) the chosen C, its score, its neurons and the score at every C.
         settings: the options that made it.
+        confidence: how far the probabilities can be trusted; ``None`` for regression.
     """
 
     chosen: Candidate
@@ -49,6 +51,7 @@ class CalibrationResult:
     convergence: Mapping[str, Any]
     probes: tuple[Mapping[str, Any], ...]
     settings: Mapping[str, Any]
+    confidence: Confidence | None = None
 
     @property
     def frontier(self) -> tuple[Candidate, ...]:
@@ -77,6 +80,15 @@ class CalibrationResult:
             f"Seconds: {stages}; total {self.seconds['total']:.1f}. Features on disk: "
             f"{self.bytes['features'] / 1e6:,.0f} MB.",
         ]
+        if self.confidence is not None:
+            before, after = (
+                f"{part.expected_calibration_error:.4f}" for part in (self.confidence.before, self.confidence.after)
+            )
+            scaled = self.confidence.temperature != 1
+            notes.append(
+                f"Expected calibration error: {before}"
+                + (f", {after} with temperature {self.confidence.temperature:.3g}." if scaled else "; no temperature.")
+            )
         if self.data["truncated"]:
             notes.append(f"{self.data['truncated']:,} texts were cut to {self.data['max_length']} tokens.")
         if self.convergence["unconverged"]:
@@ -97,6 +109,7 @@ class CalibrationResult:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         values["chosen"], values["best"] = _candidate_dict(self.chosen), _candidate_dict(self.best)
         values["candidates"] = [_candidate_dict(candidate) for candidate in self.candidates]
+        values["confidence"] = None if self.confidence is None else self.confidence.to_dict()
         return values
 
     def save(self, path: str | Path) -> None:
@@ -114,6 +127,8 @@ class CalibrationResult:
             values[name] = Candidate(**values[name])
         values["candidates"] = tuple(Candidate(**value) for value in values["candidates"])
         values["kept"], values["probes"] = tuple(values["kept"]), tuple(values["probes"])
+        if values.get("confidence") is not None:
+            values["confidence"] = Confidence.from_dict(values["confidence"])
         return cls(**values)
 
 

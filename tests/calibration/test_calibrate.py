@@ -1,6 +1,7 @@
 """The whole step, on a tiny random backbone whose embeddings alone tell the label."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from builders import BAD, GOOD
 
 from spin_hf import CalibrationResult, SpinForSequenceClassification, spin_calibrate
 from spin_hf.calibration import CalibrationError, calibrate
+from spin_hf.calibration.confidence import Reliability, to_probabilities
 from spin_hf.calibration.errors import MissingLabelsError, NonFiniteFeaturesError
 from spin_hf.demo import load_split
 from spin_hf.prediction import evaluate, predict
@@ -107,6 +109,60 @@ def test_without_eval_it_splits_or_cross_validates(wrap, tokenizer, rows):
         spin_calibrate(wrap(), tokenizer, rows, rows, cv=3, **QUICK)
     with pytest.raises(MissingLabelsError, match="at least 60 rows of each class"):
         spin_calibrate(wrap(), tokenizer, rows, cv=60, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("two", {}),
+        ("two", {"etas": []}),
+        ("three", {"multiclass": "ovr"}),
+        ("three", {"preset": "paper", "Cs": [1.0]}),
+        ("tags", {}),
+    ],
+)
+def test_confidence_is_that_of_the_model(wrap, tokenizer, rows, kind, options):
+    """What was measured on held-out rows is what the model serves there, temperature and all."""
+    texts, sentiment = rows
+    length = [len(t.split()) % 3 for t in texts]
+    tags = [[word for word in ("the", "a", "good") if word in t.split()] for t in texts]
+    labels = {"two": sentiment, "three": length, "tags": tags}[kind]
+    problem_type = "multi_label_classification" if kind == "tags" else None
+    model = wrap(problem_type=problem_type)
+    train, held_out = split((texts, labels))
+    record = spin_calibrate(model, tokenizer, train, held_out, **{**QUICK, **options}).confidence
+    assert model.config.logit_temperature == record.temperature
+    prediction = predict(model, tokenizer, held_out[0])
+    if kind == "tags":
+        truth = np.array([[name in row for name in prediction.names] for row in held_out[1]]).astype(int)
+    else:
+        truth = np.array(held_out[1])
+    raw = to_probabilities(prediction.logits * record.temperature, multi_label=kind == "tags")
+    for name in ("negative_log_likelihood", "brier_score"):
+        expected = getattr(record.before, name)
+        assert getattr(Reliability.of(truth, raw), name) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    for point in record.curve:
+        answered = predict(model, tokenizer, held_out[0], min_confidence=point.min_confidence)
+        assert 1 - answered.abstained.mean() == pytest.approx(point.coverage)
+
+
+@pytest.mark.parametrize("etas", [(0.5, 1.0), []])
+def test_confidence_of_folds_is_out_of_fold(wrap, tokenizer, rows, etas):
+    texts, labels = rows
+    noisy = [label if i % 7 else 1 - label for i, label in enumerate(labels)]  # none is right on all
+    result = spin_calibrate(wrap(), tokenizer, (texts, noisy), cv=3, **{**QUICK, "etas": etas})
+    assert sum(b.size for b in result.confidence.before.bins) == len(texts)
+    assert result.confidence.curve[-1].accuracy == pytest.approx(result.chosen.score, abs=2 / len(texts))
+    assert result.chosen.score < 0.95
+
+
+def test_regression_has_no_confidence(wrap, tokenizer, rows):
+    texts, _ = rows
+    model = wrap(problem_type="regression")
+    result = spin_calibrate(model, tokenizer, (texts, [float(len(t)) for t in texts]), **QUICK)
+    assert result.confidence is None
+    assert model.config.logit_temperature == 1.0
+    assert "calibration error" not in str(result)
 
 
 def test_same_input_same_model_to_the_bit(wrap, tokenizer, rows, tmp_path):
@@ -222,10 +278,15 @@ def test_result_reads_back(wrap, tokenizer, rows, tmp_path):
     again = CalibrationResult.load(tmp_path / "calibration.json")
     assert str(again) == str(result)
     assert again.chosen == result.chosen
+    assert again.confidence == result.confidence
+    older = json.loads((tmp_path / "calibration.json").read_text())
+    del older["confidence"]
+    (tmp_path / "calibration.json").write_text(json.dumps(older))
+    assert CalibrationResult.load(tmp_path / "calibration.json").confidence is None
     frame = result.to_pandas()
     assert len(frame) == len(result.candidates)
     assert frame["score"].is_monotonic_decreasing
-    for stage in ("tokenize", "extract", "probe", "heads", "total"):
+    for stage in ("tokenize", "extract", "probe", "heads", "confidence", "total"):
         assert result.seconds[stage] >= 0
 
 
