@@ -12,6 +12,7 @@ from torch import Tensor
 from ..modeling_spin import FeatureGroup
 from ..taps import Tap
 from .probes import Probe
+from .resampling import paired_error
 from .store import FeatureStore
 from .task import Metric
 
@@ -168,38 +169,6 @@ def probe_candidate(probe: Probe) -> Candidate:
     )
 
 
-class PairedError:
-    """Standard error of the difference in score to one candidate, over bootstrap resamples of the evaluation rows.
-
-    Both are scored on the same resamples, so that texts which both get wrong don't count (Efron and Tibshirani 1993,
-    chapter 6). A resample that the metric can't score, for want of a class, is left out; without any the error is NaN.
-    """
-
-    def __init__(
-        self, candidate: Candidate, score: Metric, labels: np.ndarray, *, rounds: int = 200, seed: int = 0
-    ) -> None:
-        self._score, self._labels = score, labels
-        self._draws = np.random.default_rng(seed).integers(0, len(labels), (rounds, len(labels)))
-        self._candidate = candidate
-        self._own: np.ndarray | None = None
-
-    def to(self, other: Candidate) -> float:
-        if self._own is None:
-            self._own = self._scores(self._candidate)
-        differences = self._own - self._scores(other)
-        known = differences[np.isfinite(differences)]
-        return float(np.std(known, ddof=1)) if len(known) > 1 else float("nan")
-
-    def _scores(self, candidate: Candidate) -> np.ndarray:
-        return np.array([self._on(candidate, rows) for rows in self._draws])
-
-    def _on(self, candidate: Candidate, rows: np.ndarray) -> float:
-        try:
-            return self._score(self._labels[rows], candidate.predictions[rows])
-        except (ArithmeticError, ValueError):
-            return float("nan")
-
-
 def winner(candidates: Sequence[Candidate], score: Metric, labels: np.ndarray, *, seed: int = 0) -> Candidate:
     """The candidate of the best score, near ties going to the lower loss, then to fewer features and less depth.
 
@@ -209,7 +178,6 @@ def winner(candidates: Sequence[Candidate], score: Metric, labels: np.ndarray, *
     ranked = sorted(candidates, key=lambda c: c.rank)
     best = ranked[0]
     floor = max((c.score for c in ranked if c.probe is not None), default=-np.inf)
-    error = PairedError(best, score, labels, seed=seed)
     near = [
         c
         for c in ranked[1:_FRONT_RUNNERS]
@@ -217,7 +185,7 @@ def winner(candidates: Sequence[Candidate], score: Metric, labels: np.ndarray, *
         and best.loss is not None
         and c.loss <= best.loss
         and c.score >= floor
-        and best.score - c.score <= error.to(c) / 2
+        and best.score - c.score <= paired_error(score, labels, best.predictions, c.predictions, seed=seed) / 2
     ]
     return best if best.loss is None else min([best, *near], key=lambda c: (c.loss, c.rank))
 
@@ -226,12 +194,13 @@ def smallest_within_error(
     candidates: Sequence[Candidate], best: Candidate, score: Metric, labels: np.ndarray, *, seed: int = 0
 ) -> Candidate:
     """The candidate with fewest features (then least depth) within one paired standard error of ``best``."""
-    error = PairedError(best, score, labels, seed=seed)
     for candidate in sorted(candidates, key=lambda c: (c.num_features, c.depth, -c.score)):
         if candidate.num_features >= best.num_features:
             break
         if best.score - candidate.score > 0.2 * abs(best.score) + 0.05:
             continue  # far off: no resample would bring it within one standard error
-        if best.score - candidate.score <= error.to(candidate):
+        if best.score - candidate.score <= paired_error(
+            score, labels, best.predictions, candidate.predictions, seed=seed
+        ):
             return candidate
     return best
