@@ -46,6 +46,16 @@ class Recipe:
                 raise CalibrationError(f"{name} must be a list; got {value!r}.")
         if not all(isinstance(depth, (int, np.integer)) for depth in recipe.depths or ()):
             raise CalibrationError(f"depths must be whole numbers of blocks; got {list(recipe.depths or ())}.")
+        for name in ("Cs", "etas"):
+            value = getattr(recipe, name)
+            if isinstance(value, tuple) and not all(isinstance(item, (int, float, np.number)) for item in value):
+                raise CalibrationError(f"{name} must be numbers; got {list(value)!r}.")
+        for name in ("max_features", "max_depth"):
+            value = getattr(recipe, name)
+            if value is not None and not isinstance(value, (int, np.integer)):
+                raise CalibrationError(f"{name} must be a whole number; got {value!r}.")
+        if recipe.shared_C and not recipe.etas:
+            raise CalibrationError("The paper's preset has no single probes: give it etas.")
         if not all(0 < eta <= 1 for eta in recipe.etas):
             raise CalibrationError(f"Every eta must lie in (0, 1]; got {list(recipe.etas)}.")
         grid = (recipe.Cs,) if isinstance(recipe.Cs, int) else recipe.Cs
@@ -84,6 +94,8 @@ _PRESETS: dict[str, Recipe] = {
 
 
 def _frozen(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 

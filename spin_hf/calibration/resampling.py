@@ -53,7 +53,7 @@ def _one(score: Metric, labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def _quotient(above: np.ndarray, below: np.ndarray, otherwise: float) -> np.ndarray:
-    return float(np.divide(above, below, out=np.full(above.shape, otherwise), where=below > 0))
+    return np.asarray(np.divide(above, below, out=np.full(above.shape, otherwise), where=below > 0))
 
 
 def _accuracy(counts: np.ndarray, labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:

@@ -17,6 +17,8 @@ from .selection import Candidate
 if TYPE_CHECKING:
     import pandas as pd
 
+_SHOWN_OF_FRONTIER = 6  # the rest is in `frontier` and in the frame
+
 
 @dataclass(frozen=True)
 class CalibrationResult:
@@ -73,6 +75,8 @@ class CalibrationResult:
             "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
             for row in [head, *rows]
         ]
+        if self.settings["prefer"] == "compact":
+            table.append("Frontier: " + "; ".join(map(_short, self.frontier[-_SHOWN_OF_FRONTIER:])) + ".")
         stages = ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items() if name != "total")
         notes = [
             f"Chosen: {self.chosen.name}. {len(self.candidates)} candidates tried on {self.data['eval_rows']:,} texts "
@@ -99,10 +103,11 @@ class CalibrationResult:
         return "\n".join([*table, *notes])
 
     def to_pandas(self) -> pd.DataFrame:
-        """All candidates as a frame, best first."""
+        """All candidates as a frame, best first; ``on_frontier`` marks those of :attr:`frontier`."""
         import pandas as pd
 
-        return pd.DataFrame([_candidate_dict(candidate) for candidate in self.candidates])
+        rows = [{**_candidate_dict(c), "on_frontier": c in self.frontier} for c in self.candidates]
+        return pd.DataFrame(rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, ready for JSON; predictions are left out."""
@@ -134,6 +139,10 @@ class CalibrationResult:
 
 def _row(name: str, candidate: Candidate) -> tuple[str, str, str, str]:
     return name, f"{candidate.score:.4f}", f"{candidate.num_features:,}", str(candidate.depth)
+
+
+def _short(candidate: Candidate) -> str:
+    return f"{candidate.score:.4f} by {candidate.num_features:,} features, {candidate.depth} blocks"
 
 
 def _candidate_dict(candidate: Candidate) -> dict[str, Any]:

@@ -103,7 +103,14 @@ class Task:
         return np.asarray(scores.argmax(1).cpu().numpy())
 
     def score(self, labels: np.ndarray, predictions: np.ndarray) -> float:
-        return float(self.metric(labels, predictions))
+        """Higher is better. Raises :class:`CalibrationError` where the metric gives no finite number."""
+        value = float(self.metric(labels, predictions))
+        if not np.isfinite(value):
+            raise CalibrationError(
+                f"The metric {self.metric_name} gave {value} on {len(labels)} evaluation rows. "
+                "Give more of them, with different labels (r2 needs two different values), or another metric."
+            )
+        return value
 
     def as_logits(self, weight: Tensor, intercept: Tensor) -> tuple[Tensor, Tensor]:
         """The model's ``score`` layer for a solution ``(columns, d)``: two classes share one column, half each."""

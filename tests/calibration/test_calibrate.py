@@ -230,6 +230,9 @@ def test_limits_hold_and_compact_is_smaller(wrap, tokenizer, rows):
     compact = spin_calibrate(wrap(), tokenizer, train, held_out, prefer="compact", **QUICK)
     assert compact.best.score == free.chosen.score
     assert compact.chosen.num_features <= compact.best.num_features
+    assert f"Frontier: {compact.frontier[0].score:.4f} by" in str(compact)
+    marked = compact.to_pandas().query("on_frontier")
+    assert list(marked["score"]) == sorted((c.score for c in compact.frontier), reverse=True)
     scores = [c.score for c in free.frontier]
     assert scores == sorted(scores)
     with pytest.raises(CalibrationError, match="max_features"):
@@ -272,6 +275,21 @@ def test_paper_preset_keeps_its_rules(wrap, tokenizer, rows):
     assert all(c.probe is None for c in result.candidates)
 
 
+def test_a_metric_without_a_number_is_refused(wrap, tokenizer, rows):
+    def broken(truth, predictions):
+        return float("nan")
+
+    train, held_out = split(rows)
+    with pytest.raises(CalibrationError, match="broken gave nan on 8 evaluation rows"):
+        spin_calibrate(wrap(), tokenizer, train, (held_out[0][:8], held_out[1][:8]), metric=broken, **QUICK)
+
+
+def test_grids_may_be_arrays(wrap, tokenizer, rows):
+    options = {**QUICK, "Cs": np.array([0.05, 0.5]), "etas": np.linspace(0.5, 1, 2), "depths": np.array([3])}
+    result = spin_calibrate(wrap(), tokenizer, rows, **options)
+    assert {c.eta for c in result.candidates if c.probe is None} <= {0.5, 1.0}
+
+
 def test_result_reads_back(wrap, tokenizer, rows, tmp_path):
     result = spin_calibrate(wrap(), tokenizer, rows, **QUICK)
     result.save(tmp_path / "calibration.json")
@@ -294,6 +312,9 @@ def test_result_reads_back(wrap, tokenizer, rows, tmp_path):
     ("options", "message"),
     [
         ({"kinds": ["attention"]}, "kinds"),
+        ({"Cs": ["a"]}, "Cs must be numbers"),
+        ({"max_features": "9"}, "max_features must be a whole number"),
+        ({"preset": "paper", "etas": []}, "give it etas"),
         ({"poolings": []}, "poolings"),
         ({"etas": [0.0]}, "eta"),
         ({"Cs": [-1.0]}, "Cs"),
