@@ -63,15 +63,17 @@ def _one_line_errors(command: _F) -> _F:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         from .calibration import CalibrationError
+        from .calibration.ranks import Ranks, ending_together
         from .configuration_spin import CheckpointError
         from .modeling_spin import NotCalibratedError
         from .taps import TapError
 
         known = (_UserError, CalibrationError, CheckpointError, NotCalibratedError, TapError)
         try:
-            return command(*args, **kwargs)
+            return ending_together(command)(*args, **kwargs)
         except known as error:
-            _err.print("[red]error:[/red]", escape(" ".join(str(error).split())), highlight=False, soft_wrap=True)
+            if Ranks.here().main:
+                _err.print("[red]error:[/red]", escape(" ".join(str(error).split())), highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
     return wrapped  # type: ignore[return-value]
@@ -115,9 +117,11 @@ def calibrate(
     """Make a classifier from a pretrained model and labelled texts."""
     from .calibration.calibrate import spin_calibrate
     from .calibration.data import read_rows
+    from .calibration.ranks import Ranks
     from .calibration.store import demand_writable
     from .modeling_spin import SpinForSequenceClassification
 
+    ranks = Ranks.here()
     demand_writable(out)
     columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
     sets = {name: _load_data(source, limit, seed) for name, source in _given(train=train, eval=validation, test=test)}
@@ -129,7 +133,7 @@ def calibrate(
         options["trust_remote_code"] = True
     with _loading(backbone):
         model = SpinForSequenceClassification.from_backbone(backbone, problem_type=problem_type.value, **options).to(
-            _device(device)
+            device or ranks.device or _device(None)
         )
     tests = sets.pop("test", None)
     result = spin_calibrate(
@@ -151,6 +155,8 @@ def calibrate(
         cache_dir=cache_dir,
         seed=seed,
     )
+    if not ranks.main:
+        return
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     result.save(out / "calibration.json")
