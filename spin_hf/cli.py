@@ -16,7 +16,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 app = typer.Typer(
     help="Turn a pretrained Hugging Face model into a text classifier without training it.",
@@ -209,6 +209,36 @@ def evaluate(
 
 @app.command()
 @_one_line_errors
+def cache(
+    folder: Annotated[Path, typer.Argument(help="What was given as --cache-dir.")],
+    clear: Annotated[bool, typer.Option("--clear", help="Remove the features; none that are being written.")] = False,
+) -> None:
+    """List the features that calibrations have kept, or remove them."""
+    from .calibration.cache import clear_store, list_stores
+
+    if not folder.is_dir():
+        raise _UserError(f"{folder} is not a folder.")
+    stores = list_stores(folder)
+    table = Table("folder", "backbone", *(Column(name, justify="right") for name in ("texts", "done", "MB", "used")))
+    for store in stores:
+        state = "now" if store.in_use else f"{_ago(store.age)} ago"
+        size = f"{store.bytes / 1e6:,.1f}"
+        table.add_row(store.folder.name[:12], store.backbone, f"{store.texts:,}", f"{store.done:.0%}", size, state)
+    if stores:
+        _out.print(table)
+    _out.print(
+        f"{len(stores)} store{'s' * (len(stores) != 1)}, {sum(s.bytes for s in stores) / 1e6:,.1f} MB in {folder}",
+        soft_wrap=True,
+    )
+    if clear:
+        idle = [store for store in stores if not store.in_use]
+        for store in idle:
+            clear_store(store)
+        _out.print(f"{len(idle)} removed.")
+
+
+@app.command()
+@_one_line_errors
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the classifier.")] = Path("spin-demo"),
 ) -> None:
@@ -257,6 +287,13 @@ for text in (
     best = classify(text)[0]
     print(f"  {best['label']:<11}{best['score']:.2f}  {text}")
 """
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _given(**values: Any) -> list[tuple[str, Any]]:

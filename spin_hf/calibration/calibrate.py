@@ -18,6 +18,7 @@ from ..taps import Tap, model_device, tap_width
 from .cache import open_store
 from .errors import CalibrationError
 from .extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
+from .fits import Fits
 from .folds import check_sample_weight, prepare
 from .heads import HeadFitter
 from .probes import Labelled
@@ -104,8 +105,9 @@ def spin_calibrate(
         max_length: tokens per text; by default what tokenizer and backbone allow.
         batch_tokens: padded tokens per batch of the extraction.
         tol: relative duality gap of every probe and of the final head.
-        cache_dir: keep the features here, so that a run that was stopped, or one with other settings on the same texts,
-            does not extract again. For processes on several machines, on a file system that they share.
+        cache_dir: keep features, probes and heads here, so that a run that was stopped goes on where it was, and one
+            with other labels or settings on the same texts does not extract again. For processes on several machines,
+            on a file system that they share.
         seed: of the split, folds and bootstrap.
         progress: show bars, estimates and the disk needed, on standard error.
 
@@ -182,11 +184,14 @@ def spin_calibrate(
                 mine, pad = ranks.share(missing), int(tokenizer.pad_token_id)
                 extract(model.spin, encoded, store, mine, pad, ranks.counted(advance))
             device = _solver_device(model)
+            fits = Fits(None, device)
+            if cache_dir is not None and not callable(metric):
+                fits = Fits.beside(store.folder, data.fingerprint(), device)
             with clock("probe"):
-                probes = probe_all(store, data, recipe, device, tol, ranks, show)
+                probes = probe_all(store, data, recipe, tol, fits, ranks, show)
             with clock("heads"):
                 fitter = HeadFitter(store, data, device, penalty=recipe.head)
-                tried = try_heads(fitter, probes, recipe, tried_depths, ranks, show)
+                tried = try_heads(fitter, probes, recipe, tried_depths, tol, fits, ranks, show)
                 choose = partial(conclude, fitter, tried, probes, prefer=prefer, tol=tol, seed=seed)
                 choice = ranks.on_main(partial(choose, last=_last_layer(taps, recipe, blocks)))
     final = choice.final

@@ -117,7 +117,7 @@ def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], pooling
     for name, tensor in model.backbone.state_dict().items():
         digest.update(name.encode())
         weight = (_offloaded(model.backbone, name) if tensor.is_meta else tensor).detach().cpu()
-        digest.update(weight.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(weight.contiguous().view(-1).view(torch.uint8).numpy().data)
     for rows in (encoded.input_ids, encoded.token_type_ids or []):
         for row in rows:
             digest.update(np.asarray([len(row), *row], dtype=np.int64).tobytes())

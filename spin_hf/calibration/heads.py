@@ -30,6 +30,11 @@ class HeadSet:
     probes: list[Probe]
 
     @property
+    def name(self) -> str:
+        """Tells it from the others of a calibration; probes that share a C are told apart by it."""
+        return f"heads.{self.kind}.{self.pooling}.{self.depth}.{self.probes[0].C!r}"
+
+    @property
     def num_features(self) -> int:
         """Neurons to choose from."""
         return sum(probe.num_features for probe in self.probes if probe.tap.block <= self.depth)

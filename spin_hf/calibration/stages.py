@@ -11,7 +11,8 @@ from torch import Tensor
 from ..modeling_spin import FeatureGroup
 from ..taps import Tap
 from .errors import CalibrationError
-from .heads import HeadFitter, head_sets
+from .fits import Fits
+from .heads import HeadFitter, HeadSet, head_sets
 from .probes import Labelled, Probe, fit_probe
 from .progress import Show
 from .ranks import Ranks
@@ -23,7 +24,7 @@ Fitted = tuple[Candidate, list[Probe]]
 
 
 def probe_all(
-    store: FeatureStore, data: Labelled, recipe: Recipe, device: torch.device, tol: float, ranks: Ranks, show: Show
+    store: FeatureStore, data: Labelled, recipe: Recipe, tol: float, fits: Fits, ranks: Ranks, show: Show
 ) -> list[list[Probe]]:
     """For each (tap, pooling) its probes, best first: one, or one per C where all taps must share it.
 
@@ -32,15 +33,21 @@ def probe_all(
     """
 
     def probe(place: tuple[Tap, str]) -> list[Probe]:
-        features = torch.from_numpy(store.read(*place)).to(device)
+        features = torch.from_numpy(store.read(*place)).to(fits.device)
         ranked = fit_probe(
             features, *place, data, Cs=recipe.Cs, raw=recipe.raw, stop_early=not recipe.shared_C, tol=tol
         )
         return [probe for probe in (ranked if recipe.shared_C else ranked[:1]) if probe.num_features]
 
+    settings = recipe.Cs, recipe.raw, recipe.shared_C, tol
     places = [(tap, pooling) for tap in store.widths for pooling in store.poolings]
     with show.bar("Probing", len(places)) as advance:
-        found = ranks.map(places, probe, cost=lambda place: store.widths[place[0]], advance=advance)
+        found = ranks.map(
+            places,
+            lambda place: fits.keep(f"probe.{place[0]}.{place[1]}", settings, lambda: probe(place)),
+            cost=lambda place: store.widths[place[0]],
+            advance=advance,
+        )
     kept = [ranked for ranked in found if ranked]
     if not kept:
         raise CalibrationError("No neuron of any tap carries the label: every probe is empty. Try larger Cs.")
@@ -48,7 +55,14 @@ def probe_all(
 
 
 def try_heads(
-    fitter: HeadFitter, probes: list[list[Probe]], recipe: Recipe, depths: list[int], ranks: Ranks, show: Show
+    fitter: HeadFitter,
+    probes: list[list[Probe]],
+    recipe: Recipe,
+    depths: list[int],
+    tol: float,
+    fits: Fits,
+    ranks: Ranks,
+    show: Show,
 ) -> list[Fitted]:
     """Every candidate with the probes it was selected by: heads on combined taps, and single probes.
 
@@ -59,12 +73,17 @@ def try_heads(
     if recipe.shared_C:
         values = sorted({probe.C for ranked in probes for probe in ranked})
         grids = [[probe for ranked in probes for probe in ranked if probe.C == C] for C in values]
+
+    def fit(heads: HeadSet) -> list[Candidate]:
+        return fitter.fit(heads, etas=recipe.etas, max_features=recipe.max_features)
+
+    settings = recipe, tol, fitter.tol
     sets = [(grid, heads) for grid in grids for heads in head_sets(grid, depths, combine=recipe.combine)]
     sets = sets if recipe.etas else []
     with show.bar("Fitting heads", len(sets)) as advance:
         found = ranks.map(
             sets,
-            lambda entry: fitter.fit(entry[1], etas=recipe.etas, max_features=recipe.max_features),
+            lambda entry: fits.keep(entry[1].name, settings, lambda: fit(entry[1])),
             cost=lambda entry: min(entry[1].num_features, recipe.max_features),
             advance=advance,
         )
