@@ -16,7 +16,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 app = typer.Typer(
     help="Turn a pretrained Hugging Face model into a text classifier without training it.",
@@ -63,15 +63,17 @@ def _one_line_errors(command: _F) -> _F:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         from .calibration import CalibrationError
+        from .calibration.ranks import Ranks, ending_together
         from .configuration_spin import CheckpointError
         from .modeling_spin import NotCalibratedError
         from .taps import TapError
 
         known = (_UserError, CalibrationError, CheckpointError, NotCalibratedError, TapError)
         try:
-            return command(*args, **kwargs)
+            return ending_together(command)(*args, **kwargs)
         except known as error:
-            _err.print("[red]error:[/red]", escape(" ".join(str(error).split())), highlight=False, soft_wrap=True)
+            if Ranks.here().main:
+                _err.print("[red]error:[/red]", escape(" ".join(str(error).split())), highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
     return wrapped  # type: ignore[return-value]
@@ -116,9 +118,11 @@ def calibrate(
     """Make a classifier from a pretrained model and labelled texts."""
     from .calibration.calibrate import spin_calibrate
     from .calibration.data import read_rows
+    from .calibration.ranks import Ranks
     from .calibration.store import demand_writable
     from .modeling_spin import SpinForSequenceClassification
 
+    ranks = Ranks.here()
     demand_writable(out)
     columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
     sets = {name: _load_data(source, limit, seed) for name, source in _given(train=train, eval=validation, test=test)}
@@ -130,7 +134,7 @@ def calibrate(
         options["trust_remote_code"] = True
     with _loading(backbone):
         model = SpinForSequenceClassification.from_backbone(backbone, problem_type=problem_type.value, **options).to(
-            _device(device)
+            device or ranks.device or _device(None)
         )
     tests = sets.pop("test", None)
     result = spin_calibrate(
@@ -152,6 +156,8 @@ def calibrate(
         cache_dir=cache_dir,
         seed=seed,
     )
+    if not ranks.main:
+        return
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     result.save(out / "calibration.json")
@@ -209,6 +215,36 @@ def evaluate(
 
 @app.command()
 @_one_line_errors
+def cache(
+    folder: Annotated[Path, typer.Argument(help="What was given as --cache-dir.")],
+    clear: Annotated[bool, typer.Option("--clear", help="Remove the features; none that are being written.")] = False,
+) -> None:
+    """List the features that calibrations have kept, or remove them."""
+    from .calibration.cache import clear_store, list_stores
+
+    if not folder.is_dir():
+        raise _UserError(f"{folder} is not a folder.")
+    stores = list_stores(folder)
+    table = Table("folder", "backbone", *(Column(name, justify="right") for name in ("texts", "done", "MB", "used")))
+    for store in stores:
+        state = "now" if store.in_use else f"{_ago(store.age)} ago"
+        size = f"{store.bytes / 1e6:,.1f}"
+        table.add_row(store.folder.name[:12], store.backbone, f"{store.texts:,}", f"{store.done:.0%}", size, state)
+    if stores:
+        _out.print(table)
+    _out.print(
+        f"{len(stores)} store{'s' * (len(stores) != 1)}, {sum(s.bytes for s in stores) / 1e6:,.1f} MB in {folder}",
+        soft_wrap=True,
+    )
+    if clear:
+        idle = [store for store in stores if not store.in_use]
+        for store in idle:
+            clear_store(store)
+        _out.print(f"{len(idle)} removed.")
+
+
+@app.command()
+@_one_line_errors
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the classifier.")] = Path("spin-demo"),
 ) -> None:
@@ -257,6 +293,13 @@ for text in (
     best = classify(text)[0]
     print(f"  {best['label']:<11}{best['score']:.2f}  {text}")
 """
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _given(**values: Any) -> list[tuple[str, Any]]:

@@ -441,6 +441,9 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         )
         spin = cls(config, backbone=model)
         spin.score.to(model_device(model))
+        device_map = getattr(model, "hf_device_map", {})
+        if len(set(device_map.values())) > 1 or "disk" in device_map.values():
+            spin.hf_device_map = {f"spin.backbone.{name}".rstrip("."): place for name, place in device_map.items()}
         spin.eval()
         return spin
 

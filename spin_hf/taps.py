@@ -374,5 +374,12 @@ def tap_width(backbone: nn.Module, layout: Layout, tap: Tap) -> int:
 
 
 def model_device(module: nn.Module) -> torch.device:
-    """The device of the first parameter, where inputs go."""
-    return next(module.parameters()).device
+    """The device of the first parameter, where inputs go; of weights kept elsewhere, that which computes with them."""
+    first = next(module.parameters()).device
+    if first.type != "meta":
+        return first
+    for part in module.modules():  # accelerate's hooks bring the weights from memory or disk before each use
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return first

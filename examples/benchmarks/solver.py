@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -39,8 +40,11 @@ def features(taps: list[Tap], texts: list[str]) -> dict[Tap, torch.Tensor]:
     model = SpinForSequenceClassification.from_backbone(backbone_folder())
     encoded = encode(tokenizer, texts, None, 512)
     widths = {tap: tap_width(model.spin.backbone, model.spin.layout, tap) for tap in taps}
-    with FeatureStore(None, fingerprint="", widths=widths, poolings=["mean"], rows=len(texts)) as store:
-        extract(model.spin, encoded, store, plan_batches(encoded.lengths, 4096), 0, lambda tokens: None)
+    batches = plan_batches(encoded.lengths, 4096)
+    with tempfile.TemporaryDirectory() as folder:
+        store = FeatureStore(Path(folder), widths=widths, poolings=["mean"], batches=batches)
+        store.create({})
+        extract(model.spin, encoded, store, range(len(batches)), 0, lambda tokens: None)
         found = {tap: torch.from_numpy(store.read(tap, "mean")) for tap in taps}
     return {tap: (x - x.mean(0)) / x.std(0, correction=0) for tap, x in found.items()}
 

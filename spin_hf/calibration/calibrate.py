@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..depth import why_whole
-from ..modeling_spin import FeatureGroup, SpinForSequenceClassification
+from ..modeling_spin import SpinForSequenceClassification
 from ..taps import Tap, model_device, tap_width
-from .confidence import Confidence
+from .cache import open_store
 from .errors import CalibrationError
 from .extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
+from .fits import Fits
 from .folds import check_sample_weight, prepare
 from .heads import HeadFitter
-from .probes import Labelled, Probe, fit_probe
-from .progress import Clock, Show, shown
+from .probes import Labelled
+from .progress import Clock, shown
+from .ranks import Ranks, ending_together
 from .recipe import Preset, Recipe
 from .result import CalibrationResult
-from .selection import Candidate, probe_candidate, smallest_within_error, winner
-from .store import FeatureStore, required_bytes
+from .stages import conclude, probe_all, try_heads
+from .store import required_bytes
 from .task import Metric, Task
 
 
+@ending_together
 def spin_calibrate(
     model: SpinForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
@@ -65,6 +68,9 @@ def spin_calibrate(
     the evaluation rows is written into the model, and the blocks above it are removed. The backbone's weights stay.
     On those rows a temperature is fitted too, if it helps: the result's ``confidence`` says how far to trust the model.
 
+    Under ``accelerate launch`` every process makes this same call, on the device that is its own; they share the work,
+    and all end with the model and the result that one process would have made.
+
     Args:
         model: from ``SpinForSequenceClassification.from_backbone``.
         tokenizer: the backbone's, with a pad token.
@@ -100,8 +106,9 @@ def spin_calibrate(
         max_length: tokens per text; by default what tokenizer and backbone allow.
         batch_tokens: padded tokens per batch of the extraction.
         tol: relative duality gap of every probe and of the final head.
-        cache_dir: keep the features here, so that a run that was stopped, or one with other settings on the same texts,
-            does not extract again.
+        cache_dir: keep features, probes and heads here, so that a run that was stopped goes on where it was, and one
+            with other labels or settings on the same texts does not extract again. For processes on several machines,
+            on a file system that they share.
         seed: of the split, folds and bootstrap.
         progress: show bars, estimates and the disk needed, on standard error.
 
@@ -109,10 +116,12 @@ def spin_calibrate(
         The record of what was tried and kept.
 
     Raises:
-        CalibrationError: one of its kinds, before long work, for data, labels, tokenizer or options that don't fit.
+        CalibrationError: one of its kinds, before long work, for data, labels, tokenizer or options that don't fit,
+            or a ``cache_dir`` that another calibration is filling; :class:`~spin_hf.calibration.errors.RankError` when
+            another process of the launch failed.
     """
     started = time.perf_counter()
-    clock = Clock()
+    clock, ranks = Clock(), Ranks.here()
     recipe = Recipe.make(
         preset,
         kinds=kinds,
@@ -148,7 +157,7 @@ def spin_calibrate(
             f"No tap of kind {', '.join(recipe.kinds)} was found in {type(model.spin.backbone).__name__}. "
             'Use kinds=["hidden"], or name the down projection with ffn="..." in from_backbone.'
         )
-    with shown(progress) as show:
+    with shown(progress and ranks.main) as show:
         with clock("tokenize"):
             limit = _token_limit(max_length, tokenizer, model)
             encoded = encode(tokenizer, rows.texts, rows.pairs, limit)
@@ -160,35 +169,33 @@ def spin_calibrate(
             f"{12 * len(rows) * max(widths.values()) / 1e6:,.0f} MB of memory for a probe."
         )
         key = ""
-        if cache_dir is not None:
+        if cache_dir is not None or ranks.count > 1:
             key = fingerprint(model.spin, encoded, taps, recipe.poolings, batch_tokens)
-        with FeatureStore(cache_dir, fingerprint=key, widths=widths, poolings=recipe.poolings, rows=len(rows)) as store:
-            with clock("extract"), show.bar("Reading the backbone", sum(encoded.lengths)) as advance:
-                extract(model.spin, encoded, store, batches, int(tokenizer.pad_token_id), advance)
+        ranks.agree(
+            (key, data.fingerprint(), asdict(recipe)),
+            "The processes of this launch don't hold the same backbone, texts, labels and options. Load and shuffle "
+            "alike in all of them, with a seed.",
+        )
+        about = {"backbone": model.config.backbone_id, "texts": len(rows), "tokens": sum(encoded.lengths)}
+        with open_store(
+            cache_dir, key=key, ranks=ranks, widths=widths, poolings=recipe.poolings, batches=batches, about=about
+        ) as (store, missing):
+            with clock("extract"), show.bar("Reading the backbone", sum(encoded.lengths)) as advance, ranks.together():
+                advance(sum(encoded.lengths) - sum(encoded.lengths[row] for i in missing for row in batches[i]))
+                mine, pad = ranks.share(missing), int(tokenizer.pad_token_id)
+                extract(model.spin, encoded, store, mine, pad, ranks.counted(advance))
             device = _solver_device(model)
-            with clock("probe"), show.bar("Probing", len(taps) * len(recipe.poolings)) as advance:
-                probes = _probe_all(store, data, recipe, device, tol, advance)
-            fitter = HeadFitter(store, data, device, penalty=recipe.head)
+            fits = Fits(None, device)
+            if cache_dir is not None and not callable(metric):
+                fits = Fits.beside(store.folder, data.fingerprint(), device)
+            with clock("probe"):
+                probes = probe_all(store, data, recipe, tol, fits, ranks, show)
             with clock("heads"):
-                tried = _try_heads(fitter, probes, recipe, tried_depths, show)
-                every, truth = [candidate for candidate, _ in tried], labels[data.eval_rows]
-                best = chosen = winner(every, task.metric, truth, seed=seed)
-                if prefer == "compact":
-                    chosen = smallest_within_error(every, best, task.metric, truth, seed=seed)
-                final = _finish(fitter, chosen, tried, tol)
-                if chosen is best:
-                    singles = [c for c in every if c.probe is not None]
-                    ahead = [c for c in singles if c.score > final.candidate.score]
-                    if ahead:  # the tighter tolerance turned a text that stood on the fence
-                        chosen = min(ahead, key=lambda c: c.rank)
-                        final = _finish(fitter, chosen, tried, tol)
-                    best = final.candidate
-            baselines = _baselines(fitter, taps, recipe, blocks, probes)
-            confidence = None
-            if task.problem_type != "regression":
-                with clock("confidence"):
-                    held_out = _held_out_logits(fitter, chosen, tried, final, tol)
-                    confidence = Confidence.measure(held_out, truth, seed=seed)
+                fitter = HeadFitter(store, data, device, penalty=recipe.head)
+                tried = try_heads(fitter, probes, recipe, tried_depths, tol, fits, ranks, show)
+                choose = partial(conclude, fitter, tried, probes, prefer=prefer, tol=tol, seed=seed)
+                choice = ranks.on_main(partial(choose, last=_last_layer(taps, recipe, blocks)))
+    final, confidence = choice.final, choice.confidence
     model.spin.set_features(final.groups, final.mean, final.scale, depth=final.candidate.depth)
     model.set_head(*task.as_logits(final.weight, final.intercept))
     model.config.logit_temperature = 1.0 if confidence is None else confidence.temperature
@@ -196,9 +203,9 @@ def spin_calibrate(
     everything = [probe for ranked in probes for probe in ranked]
     return CalibrationResult(
         chosen=final.candidate,
-        best=best,
-        candidates=tuple(sorted((final.candidate if c is chosen else c for c in every), key=lambda c: c.rank)),
-        baselines=baselines,
+        best=choice.best,
+        candidates=choice.candidates,
+        baselines=choice.baselines,
         metric=task.metric_name,
         kept=tuple(model.config.features),
         data={
@@ -210,7 +217,7 @@ def spin_calibrate(
             "max_length": limit,
             "tokens": sum(encoded.lengths),
         },
-        seconds={**clock.seconds, "total": time.perf_counter() - started},
+        seconds=ranks.on_main(lambda: {**clock.seconds, "total": time.perf_counter() - started}),
         bytes={"features": store.bytes, "model": sum(p.numel() * p.element_size() for p in model.parameters())},
         convergence={
             "worst_gap": max(probe.worst_gap for probe in everything),
@@ -242,9 +249,6 @@ def spin_calibrate(
         },
         confidence=confidence,
     )
-
-
-Fitted = tuple[Candidate, list[Probe]]
 
 
 def _token_limit(
@@ -284,120 +288,10 @@ def _solver_device(model: SpinForSequenceClassification) -> torch.device:
     return device if device.type in ("cpu", "cuda", "xpu") else torch.device("cpu")
 
 
-def _probe_all(
-    store: FeatureStore,
-    data: Labelled,
-    recipe: Recipe,
-    device: torch.device,
-    tol: float,
-    advance: Callable[[int], None],
-) -> list[list[Probe]]:
-    """For each (tap, pooling) its probes, best first: one, or one per C where all taps must share it."""
-    found = []
-    for tap in store.widths:
-        for pooling in store.poolings:
-            features = torch.from_numpy(store.read(tap, pooling)).to(device)
-            ranked = fit_probe(
-                features, tap, pooling, data, Cs=recipe.Cs, raw=recipe.raw, stop_early=not recipe.shared_C, tol=tol
-            )
-            kept = [probe for probe in (ranked if recipe.shared_C else ranked[:1]) if probe.num_features]
-            if kept:
-                found.append(kept)
-            advance(1)
-    if not found:
-        raise CalibrationError("No neuron of any tap carries the label: every probe is empty. Try larger Cs.")
-    return found
-
-
-def _try_heads(
-    fitter: HeadFitter, probes: list[list[Probe]], recipe: Recipe, depths: list[int], show: Show
-) -> list[Fitted]:
-    """Every candidate with the probes it was selected by: heads on combined taps, and single probes."""
-    grids = [[ranked[0] for ranked in probes]]
-    if recipe.shared_C:
-        values = sorted({probe.C for ranked in probes for probe in ranked})
-        grids = [[probe for ranked in probes for probe in ranked if probe.C == C] for C in values]
-    kinds, poolings = len(recipe.kinds), len(recipe.poolings)
-    sets = (kinds + (recipe.combine and kinds > 1)) * (poolings + (recipe.combine and poolings > 1))
-    tried: list[Fitted] = []
-    with show.bar("Fitting heads", len(grids) * sets * len(depths)) as advance:
-        for grid in grids if recipe.etas else []:
-            found = fitter.fit_all(
-                grid,
-                etas=recipe.etas,
-                depths=depths,
-                max_features=recipe.max_features,
-                combine=recipe.combine,
-                advance=lambda: advance(1),
-            )
-            tried += [(candidate, grid) for candidate in found]
-    singles = [probe_candidate(probe) for probe in grids[0]] if not recipe.shared_C else []
-    fitting = [c for c in singles if 0 < c.num_features <= recipe.max_features and c.depth <= depths[-1]]
-    tried += [(candidate, grids[0]) for candidate in fitting]
-    if not tried:
-        raise CalibrationError(
-            f"No candidate has at most {recipe.max_features} features. Raise max_features, or try smaller etas."
-        )
-    return tried
-
-
-@dataclass(frozen=True)
-class _Final:
-    """What is written into the model."""
-
-    candidate: Candidate
-    groups: list[FeatureGroup]
-    mean: torch.Tensor
-    scale: torch.Tensor
-    weight: torch.Tensor
-    intercept: torch.Tensor
-    gap: float
-
-    def logits(self, store: FeatureStore, task: Task, rows: np.ndarray) -> np.ndarray:
-        """``(rows, num_labels)``, as the model will give them."""
-        read = [store.read(group.tap, group.pooling, group.neurons.numpy())[rows] for group in self.groups]
-        features = torch.from_numpy(np.concatenate([np.zeros((len(rows), 0), np.float32), *read], 1))
-        weight, bias = task.as_logits(self.weight, self.intercept)
-        features = (features - self.mean.cpu()) / self.scale.cpu()
-        return np.asarray((features @ weight.cpu().T + bias.cpu()).numpy())
-
-
-def _finish(fitter: HeadFitter, candidate: Candidate, tried: list[Fitted], tol: float, fold: int = -1) -> _Final:
-    """The chosen candidate, fitted on the final training rows, or on those of a fold."""
-    probes = next(probes for other, probes in tried if other is candidate)
-    if candidate.probe is None:
-        columns, point, candidate = fitter.fit_final(probes, candidate, tol, fold)
-        groups = columns.groups()
-        return _Final(candidate, groups, columns.mean, columns.scale, point.weight, point.intercept, point.gap)
-    probe = next(p for p in probes if str(p.tap) == candidate.probe and p.pooling == candidate.pooling)
-    fit = probe.fits[fold]
-    kept = fit.salience.nonzero()[:, 0]
-    group = FeatureGroup(probe.tap, probe.pooling, kept.cpu())
-    mean, scale, weight = fit.mean[kept], fit.scale[kept], fit.weight[:, kept]
-    return _Final(candidate, [group], mean, scale, weight, fit.intercept, probe.worst_gap)
-
-
-def _held_out_logits(
-    fitter: HeadFitter, chosen: Candidate, tried: list[Fitted], final: _Final, tol: float
-) -> np.ndarray:
-    """Logits ``(evaluation rows, num_labels)`` of heads that did not see those rows."""
-    folds = fitter.data.folds
-    heads = [final] if len(folds) == 1 else [_finish(fitter, chosen, tried, tol, fold) for fold in range(len(folds))]
-    return np.concatenate(
-        [head.logits(fitter.store, fitter.data.task, rows) for head, (_, rows) in zip(heads, folds, strict=True)]
-    )
-
-
-def _baselines(
-    fitter: HeadFitter, taps: Sequence[Tap], recipe: Recipe, blocks: int, probes: list[list[Probe]]
-) -> dict[str, float]:
-    found = {}
+def _last_layer(taps: Sequence[Tap], recipe: Recipe, blocks: int) -> tuple[Tap, str] | None:
+    """Tap and pooling that a usual classifier would read, where they are at hand."""
     last = [tap for tap in taps if tap.kind in ("norm", "hidden") and tap.block == blocks]
-    if last:
-        pooling = "mean" if "mean" in recipe.poolings else recipe.poolings[0]
-        found[f"last layer ({pooling})"] = fitter.fit_tap(last[-1], pooling)[0]
-    found["best probe"] = max(ranked[0].score for ranked in probes)
-    return found
+    return (last[-1], "mean" if "mean" in recipe.poolings else recipe.poolings[0]) if last else None
 
 
 def _write_config(

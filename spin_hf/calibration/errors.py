@@ -1,5 +1,5 @@
 """Errors of calibration, one type for each thing a caller can put right. All raised before long work starts, but for
-:class:`NonFiniteFeaturesError`, which can only be seen in passing.
+:class:`NonFiniteFeaturesError` and :class:`RankError`, which can only be seen in passing.
 """
 
 from __future__ import annotations
@@ -55,3 +55,11 @@ class ConfidenceError(CalibrationError):
 
 class OutputFolderError(CalibrationError):
     """A folder that can't be written to, or has too little room."""
+
+
+class StoreInUseError(CalibrationError):
+    """Another process is filling the same feature store."""
+
+
+class RankError(CalibrationError):
+    """Another process of the same launch failed."""

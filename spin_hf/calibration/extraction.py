@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling_spin import SpinForSequenceClassification, SpinModel
 from ..pooling import pool
 from ..taps import Tap, attach, model_device, record
 from .errors import EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
-from .store import FeatureStore
+from .store import FORMAT, FeatureStore
 
-_COMMIT_SECONDS = 30.0
 _NO_LIMIT = 10**6  # tokenizers without a limit report an absurdly large one
 _PROVENANCE = ("_name_or_path", "architectures", "dtype", "transformers_version")  # no feature depends on these
 
@@ -113,12 +111,13 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], poolings: Sequence[str], budget: int) -> str:
     """Hash of all that the features depend on: tokens, weights, config, layout, taps, poolings, batches and dtype."""
     digest = hashlib.sha256()
-    digest.update(repr((list(map(str, taps)), list(poolings), budget, str(model.backbone.dtype))).encode())
+    digest.update(repr((FORMAT, list(map(str, taps)), list(poolings), budget, str(model.backbone.dtype))).encode())
     settings = {name: value for name, value in model.backbone.config.to_dict().items() if name not in _PROVENANCE}
     digest.update(repr((model.layout, sorted(settings.items(), key=str))).encode())
     for name, tensor in model.backbone.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        weight = (_offloaded(model.backbone, name) if tensor.is_meta else tensor).detach().cpu()
+        digest.update(weight.contiguous().view(-1).view(torch.uint8).numpy().data)
     for rows in (encoded.input_ids, encoded.token_type_ids or []):
         for row in rows:
             digest.update(np.asarray([len(row), *row], dtype=np.int64).tobytes())
@@ -130,30 +129,28 @@ def extract(
     model: SpinModel,
     encoded: Encoded,
     store: FeatureStore,
-    batches: Sequence[Sequence[int]],
+    numbers: Sequence[int],
     pad_token_id: int,
     advance: Callable[[int], Any],
 ) -> None:
-    """Fill the store, going on after the batches it already holds.
+    """Compute some batches of the store's plan and write them there.
 
     Args:
+        numbers: of the batches.
         advance: called with the number of tokens of each finished batch.
 
     Raises:
         NonFiniteFeaturesError: naming the tap that produced NaN or infinity.
+        OutputFolderError: where the disk is full.
     """
     lengths = encoded.lengths
     taps = list(store.widths)
     model.eval()
     device = model_device(model)
     hooks = attach(model.backbone, model.layout, taps)
-    last_commit = time.monotonic()
     try:
-        for number, rows in enumerate(batches):
-            tokens = sum(lengths[row] for row in rows)
-            if number < store.batches_done:
-                advance(tokens)
-                continue
+        for number in numbers:
+            rows = store.batches[number].tolist()
             batch = pad([encoded.input_ids[row] for row in rows], pad_token_id).to(device)
             mask = pad([[1] * lengths[row] for row in rows], 0).to(device)
             types = None
@@ -166,28 +163,36 @@ def extract(
 
             with record(taps, read):
                 model.run_backbone(batch, mask, types)
-            for tap, values in pooled.items():
-                array = values.cpu().numpy()
+            arrays = {tap: values.cpu().numpy() for tap, values in pooled.items()}
+            for tap, array in arrays.items():
                 if not np.isfinite(array).all():
                     raise NonFiniteFeaturesError(
                         f"Tap {tap} produced NaN or infinity (batch {number}). In float16 the backbone may overflow: "
                         "load it with dtype=torch.bfloat16 or float32. Otherwise its weights are damaged."
                     )
-                store.write(tap, rows, array)
-            advance(tokens)
-            if time.monotonic() - last_commit > _COMMIT_SECONDS:
-                store.commit(number + 1)
-                last_commit = time.monotonic()
+            store.write(number, arrays)
+            advance(sum(lengths[row] for row in rows))
     finally:
+        store.close()
         for hook in hooks:
             hook.remove()
-    store.commit(len(batches))
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
     """Rows of ids as one tensor ``(rows, longest)``, filled on the right."""
     longest = max(map(len, rows))
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def _offloaded(backbone: nn.Module, name: str) -> Tensor:
+    """A weight that a ``device_map`` keeps in memory or on disk between its uses."""
+    from accelerate.utils import align_module_device
+
+    owner, _, own = name.rpartition(".")
+    module = backbone.get_submodule(owner)
+    with align_module_device(module):
+        weight: Tensor = getattr(module, own).detach().cpu()
+    return weight
 
 
 def _embedding_rows(model: SpinModel) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,36 @@ _LOGIT_VARIANCES = (0.1, 0.4, 1.6, 6.4, 25.6)
 
 
 @dataclass(frozen=True)
+class HeadSet:
+    """The heads of one kind, pooling and depth, on neurons that these probes rank: one for each eta."""
+
+    kind: str
+    pooling: str
+    depth: int
+    probes: list[Probe]
+
+    @property
+    def name(self) -> str:
+        """Tells it from the others of a calibration; probes that share a C are told apart by it."""
+        return f"heads.{self.kind}.{self.pooling}.{self.depth}.{self.probes[0].C!r}"
+
+    @property
+    def num_features(self) -> int:
+        """Neurons to choose from."""
+        return sum(probe.num_features for probe in self.probes if probe.tap.block <= self.depth)
+
+
+def head_sets(probes: Sequence[Probe], depths: Sequence[int], *, combine: bool) -> list[HeadSet]:
+    """Every kind x pooling x depth that has a tap; with ``combine`` also both kinds and all poolings together."""
+    return [
+        HeadSet(kind, pooling, depth, chosen)
+        for kind, pooling, chosen in combinations(probes, combine=combine)
+        for depth in depths
+        if any(probe.tap.block <= depth for probe in chosen)
+    ]
+
+
+@dataclass(frozen=True)
 class HeadFitter:
     """Fits heads on subsets of the stored features.
 
@@ -34,23 +64,26 @@ class HeadFitter:
     penalty: str = "l2"
     tol: float = 1e-3
 
-    def fit_all(
-        self,
-        probes: Sequence[Probe],
-        *,
-        etas: Sequence[float],
-        depths: Sequence[int],
-        max_features: int,
-        combine: bool,
-        advance: Callable[[], object],
-    ) -> list[Candidate]:
-        """Every kind x pooling x eta x depth that keeps something new and no more than ``max_features``."""
-        found: list[Candidate] = []
-        for kind, pooling, chosen in combinations(probes, combine=combine):
-            for depth in depths:
-                if any(probe.tap.block <= depth for probe in chosen):
-                    found += self._fit_depth(kind, pooling, chosen, depth, etas, max_features)
-                advance()
+    def fit(self, heads: HeadSet, *, etas: Sequence[float], max_features: int) -> list[Candidate]:
+        """A head for every eta that keeps something new and no more than ``max_features``."""
+        probes, depth = heads.probes, heads.depth
+        final = Columns.of(probes, -1)
+        sizes = {eta: int(final.kept(eta, depth).sum()) for eta in etas}
+        feasible = [eta for eta in etas if 0 < sizes[eta] <= max_features]
+        feasible = [eta for i, eta in enumerate(feasible) if i == 0 or sizes[eta] > sizes[feasible[i - 1]]]
+        if not feasible:
+            return []
+        scores: dict[float, list[list[Tensor]]] = {eta: [] for eta in feasible}
+        for fold, (rows, held_out) in enumerate(self.data.folds):
+            for eta, held in self._fit_fold(Columns.of(probes, fold), feasible, depth, rows, held_out):
+                scores[eta].append(held)
+        found = []
+        for eta in feasible:
+            score, loss, predictions, which = self._choose(scores[eta])
+            C = probes[0].C if self.penalty == "l1" else _LOGIT_VARIANCES[which] / sizes[eta]
+            found.append(
+                Candidate(heads.kind, heads.pooling, eta, depth, C, sizes[eta], score, loss, None, predictions)
+            )
         return found
 
     def fit_tap(self, tap: Tap, pooling: str) -> tuple[float, int]:
@@ -89,26 +122,6 @@ class HeadFitter:
             score, predictions = self.data.score([scores])
             candidate = replace(candidate, score=score, predictions=predictions)
         return columns, point, candidate
-
-    def _fit_depth(
-        self, kind: str, pooling: str, probes: Sequence[Probe], depth: int, etas: Sequence[float], max_features: int
-    ) -> list[Candidate]:
-        final = Columns.of(probes, -1)
-        sizes = {eta: int(final.kept(eta, depth).sum()) for eta in etas}
-        feasible = [eta for eta in etas if 0 < sizes[eta] <= max_features]
-        feasible = [eta for i, eta in enumerate(feasible) if i == 0 or sizes[eta] > sizes[feasible[i - 1]]]
-        if not feasible:
-            return []
-        scores: dict[float, list[list[Tensor]]] = {eta: [] for eta in feasible}
-        for fold, (rows, held_out) in enumerate(self.data.folds):
-            for eta, held in self._fit_fold(Columns.of(probes, fold), feasible, depth, rows, held_out):
-                scores[eta].append(held)
-        found = []
-        for eta in feasible:
-            score, loss, predictions, which = self._choose(scores[eta])
-            C = probes[0].C if self.penalty == "l1" else _LOGIT_VARIANCES[which] / sizes[eta]
-            found.append(Candidate(kind, pooling, eta, depth, C, sizes[eta], score, loss, None, predictions))
-        return found
 
     def _fit_fold(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -34,6 +36,13 @@ class Labelled:
     @property
     def eval_rows(self) -> np.ndarray:
         return np.concatenate([held_out for _, held_out in self.folds])
+
+    def fingerprint(self) -> str:
+        """Hash of all that probes and heads depend on beside the features."""
+        digest = hashlib.sha256(repr((self.task.names, self.task.metric_name, self.task.multiclass)).encode())
+        for array in (self.targets.numpy(), self.weights.numpy(), *chain(*self.folds), self.refit):
+            digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def fits(self) -> list[np.ndarray]:
         """Training rows of every fit to make: one per fold, and the final one last where it is another."""

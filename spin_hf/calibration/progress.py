@@ -38,8 +38,14 @@ class Show:
         if self._bars is None:
             yield lambda amount: None
             return
-        bars, task = self._bars, self._bars.add_task(title, total=total)
-        yield lambda amount: bars.advance(task, amount)
+        bars, task, done = self._bars, self._bars.add_task(title, total=total), 0
+
+        def advance(amount: int) -> None:
+            nonlocal done
+            done = min(total, done + amount)  # of several processes the others' share is an estimate
+            bars.update(task, completed=done)
+
+        yield advance
         bars.update(task, completed=total)
 
 

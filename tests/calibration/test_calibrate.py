@@ -9,9 +9,10 @@ import torch
 from builders import BAD, GOOD
 
 from spin_hf import CalibrationResult, SpinForSequenceClassification, spin_calibrate
-from spin_hf.calibration import CalibrationError, calibrate
+from spin_hf.calibration import CalibrationError, calibrate, stages
 from spin_hf.calibration.confidence import Reliability, to_probabilities
 from spin_hf.calibration.errors import MissingLabelsError, NonFiniteFeaturesError
+from spin_hf.calibration.heads import HeadFitter
 from spin_hf.demo import load_split
 from spin_hf.prediction import evaluate, predict
 
@@ -186,7 +187,6 @@ def test_a_cache_serves_other_settings_without_another_forward(wrap, tokenizer, 
 def test_a_killed_calibration_goes_on(wrap, tokenizer, rows, tmp_path, monkeypatch):
     whole = wrap()
     spin_calibrate(whole, tokenizer, rows, batch_tokens=64, **QUICK)
-    monkeypatch.setattr("spin_hf.calibration.extraction._COMMIT_SECONDS", 0.0)
     model = wrap()
     run, calls = model.spin.run_backbone, []
 
@@ -207,6 +207,44 @@ def test_a_killed_calibration_goes_on(wrap, tokenizer, rows, tmp_path, monkeypat
     assert len(later) == len(batches) - 4
     for name, value in again.state_dict().items():
         assert torch.equal(value, whole.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("stage", ["fit_probe", "HeadFitter.fit", "HeadFitter.fit_final"])
+def test_a_calibration_killed_after_the_extraction_goes_on(stage, wrap, tokenizer, rows, tmp_path, monkeypatch):
+    whole = wrap()
+    expected = spin_calibrate(whole, tokenizer, rows, **QUICK)
+    owner, name = (HeadFitter, stage.split(".")[1]) if "." in stage else (stages, stage)
+    work, calls = getattr(owner, name), []
+    stop_at = 1 if name == "fit_final" else 4
+
+    def dying(*arguments, **options):
+        calls.append(1)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return work(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, dying)
+    with pytest.raises(KeyboardInterrupt):
+        spin_calibrate(wrap(), tokenizer, rows, cache_dir=tmp_path, **QUICK)
+    monkeypatch.setattr(owner, name, work)
+    kept = sorted(tmp_path.rglob("*.safetensors"))
+    damaged = bytearray(kept[-1].read_bytes())
+    damaged[-3] ^= 1
+    kept[-1].write_bytes(damaged)  # one of them is not to be trusted
+    later = []
+    for where, called in ((stages, "fit_probe"), (HeadFitter, "fit")):
+        run = getattr(where, called)
+        monkeypatch.setattr(
+            where, called, lambda *a, run=run, called=called, **k: (later.append(called), run(*a, **k))[1]
+        )
+    model = wrap()
+    result = spin_calibrate(model, tokenizer, rows, cache_dir=tmp_path, **QUICK)
+    probes, heads = 7 * 2, 3 * 3 * 3  # taps x poolings; kinds x poolings x depths, both and all of them included
+    left = {"fit_probe": (probes - 3, heads), "fit": (0, heads - 3), "fit_final": (0, 0)}[name]
+    assert (later.count("fit_probe"), later.count("fit")) == (left[0] + 1, left[1])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[key]), key
+    assert {**result.to_dict(), "seconds": 0} == {**expected.to_dict(), "seconds": 0}
 
 
 def test_evaluation_labels_choose_but_do_not_train(wrap, tokenizer, rows):
@@ -304,7 +342,7 @@ def test_result_reads_back(wrap, tokenizer, rows, tmp_path):
     frame = result.to_pandas()
     assert len(frame) == len(result.candidates)
     assert frame["score"].is_monotonic_decreasing
-    for stage in ("tokenize", "extract", "probe", "heads", "confidence", "total"):
+    for stage in ("tokenize", "extract", "probe", "heads", "total"):
         assert result.seconds[stage] >= 0
 
 
@@ -376,3 +414,36 @@ def test_real_model_beats_its_last_layer(minilm_path):
     result = spin_calibrate(model, tokenizer, train, held_out, progress=False, poolings=["mean"], Cs=6)
     assert result.chosen.score > result.baselines["last layer (mean)"]
     assert set(BAD).isdisjoint(model.config.id2label.values())
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"": "cpu"},
+        {"embeddings": "cpu", "encoder.layer.0": "disk", "encoder.layer.1": "cpu", "encoder.layer.2": "disk"},
+        {"embeddings": "disk", "encoder": "disk"},
+    ],
+)
+def test_a_backbone_spread_by_a_device_map(places, wrap, tokenizer, rows, bert_backbone, tmp_path):
+    """On the CPU "disk" stands for all places where weights are not at hand between their uses."""
+    plain = wrap()
+    expected = spin_calibrate(plain, tokenizer, rows, cache_dir=tmp_path / "plain", **QUICK)
+    bert_backbone.save_pretrained(tmp_path / "backbone")
+    device_map = {**places, "pooler": "cpu"} if "" not in places else places
+    model = SpinForSequenceClassification.from_backbone(
+        tmp_path / "backbone", device_map=device_map, offload_folder=str(tmp_path / "offload")
+    )
+    assert any(weight.is_meta for weight in model.parameters()) == ("disk" in places.values())
+    result = spin_calibrate(model, tokenizer, rows, cache_dir=tmp_path / "spread", **QUICK)
+    stores = [next((tmp_path / name).iterdir()) for name in ("plain", "spread")]
+    assert stores[0].name == stores[1].name  # one fingerprint, wherever the weights are
+    for path in stores[0].glob("*.f32"):
+        assert path.read_bytes() == (stores[1] / path.name).read_bytes(), path.name
+    assert result.candidates == expected.candidates
+    batch = tokenizer(rows[0][:8], padding=True, return_tensors="pt")
+    assert torch.equal(model(**batch).logits, plain(**batch).logits)
+    for each, name in ((plain, "saved"), (model, "saved spread")):
+        each.save_pretrained(tmp_path / name)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("saved", "saved spread")]
+    assert files[0] == files[1]

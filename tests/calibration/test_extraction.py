@@ -1,7 +1,10 @@
 """Texts into features: batches, tokens, resumption, and what can go wrong on the way."""
 
 import shutil
+import subprocess
+import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,15 +16,19 @@ from hypothesis import strategies as st
 
 from spin_hf import SpinForSequenceClassification, spin_calibrate
 from spin_hf.calibration import extraction
+from spin_hf.calibration.cache import clear_store, list_stores
+from spin_hf.calibration.cache import open_store as open_store_of
 from spin_hf.calibration.errors import (
     EmptyTextError,
     NonFiniteFeaturesError,
     OutputFolderError,
     PadTokenError,
+    StoreInUseError,
     TokenizerMismatchError,
 )
 from spin_hf.calibration.extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
-from spin_hf.calibration.store import FeatureStore, required_bytes
+from spin_hf.calibration.ranks import Ranks
+from spin_hf.calibration.store import required_bytes
 from spin_hf.pooling import POOLINGS, pool
 from spin_hf.taps import attach, record, tap_width
 
@@ -40,15 +47,21 @@ def encoded(tokenizer, sentiment_rows):
 
 @pytest.fixture
 def open_store(tmp_path):
+    @contextmanager
     def make(model, encoded, folder=tmp_path, key="key"):
         widths = {tap: tap_width(model.spin.backbone, model.spin.layout, tap) for tap in model.spin.taps}
-        return FeatureStore(folder, fingerprint=key, widths=widths, poolings=POOLINGS, rows=len(encoded.input_ids))
+        batches = plan_batches(encoded.lengths, BUDGET)
+        with open_store_of(
+            folder, key=key, ranks=Ranks(), widths=widths, poolings=POOLINGS, batches=batches, about={"texts": 20}
+        ) as (store, missing):
+            store.missing = missing
+            yield store
 
     return make
 
 
 def fill(model, encoded, store, advance=lambda tokens: None):
-    extract(model.spin, encoded, store, plan_batches(encoded.lengths, BUDGET), 0, advance)
+    extract(model.spin, encoded, store, store.missing, 0, advance)
 
 
 def everything(store):
@@ -168,48 +181,77 @@ def test_fingerprint_tells_what_the_features_depend_on(model, make_backbone, tok
     assert len({first, *others}) == len(others) + 1
 
 
-def test_a_killed_extraction_goes_on_where_it_stopped(model, encoded, open_store, monkeypatch):
+@pytest.fixture
+def forwards(model, monkeypatch):
+    """Rows of each batch that the backbone was run on."""
+    run, seen = model.spin.run_backbone, []
+
+    def counted(ids, *arguments):
+        seen.append(len(ids))
+        return run(ids, *arguments)
+
+    monkeypatch.setattr(model.spin, "run_backbone", counted)
+    return seen
+
+
+def test_a_killed_extraction_goes_on_where_it_stopped(model, encoded, open_store, forwards):
     with open_store(model, encoded, key="whole") as store:
         fill(model, encoded, store)
         whole = everything(store)
     batches = plan_batches(encoded.lengths, BUDGET)
-    monkeypatch.setattr(extraction, "_COMMIT_SECONDS", -1.0)
-    run, forwards, seen = model.spin.run_backbone, [], []
-
-    def counted(ids, *arguments):
-        forwards.append(len(ids))
-        return run(ids, *arguments)
+    assert forwards == [len(rows) for rows in batches]
+    forwards.clear()
+    seen = []
 
     def killed(tokens):
         seen.append(tokens)
         if len(seen) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(model.spin, "run_backbone", counted)
-    with open_store(model, encoded) as store, pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), open_store(model, encoded) as store:
         fill(model, encoded, store, killed)
+    torn = store.folder / "done.0"
+    torn.write_text(torn.read_text()[:-5])  # killed in the middle of a line
     assert forwards == [len(rows) for rows in batches[:3]]
     forwards.clear()
     progress = []
     with open_store(model, encoded) as store:
-        assert store.batches_done == 2  # the third was not recorded as safe
+        assert store.missing == list(range(2, len(batches)))
         fill(model, encoded, store, progress.append)
         resumed = everything(store)
     assert forwards == [len(rows) for rows in batches[2:]]
-    assert sum(progress) == sum(encoded.lengths)
+    assert sum(progress) == sum(encoded.lengths[row] for rows in batches[2:] for row in rows)
     assert all(np.array_equal(resumed[key], whole[key]) for key in whole)
+    with open_store(model, encoded) as store:
+        assert not store.missing
+
+
+@pytest.mark.parametrize("damage", ["bit", "page", "cut", "gone", "other"])
+def test_what_the_disk_has_lost_is_computed_again(damage, model, encoded, open_store, forwards):
+    with open_store(model, encoded) as store:
+        fill(model, encoded, store)
+        whole = everything(store)
+    path, batches = store.folder / "hidden.1.f32", len(plan_batches(encoded.lengths, BUDGET))
+    content = bytearray(path.read_bytes())
+    if damage == "bit":
+        content[-5000] ^= 16
+    elif damage == "page":
+        content[4096:8192] = bytes(4096)
+    elif damage == "cut":
+        del content[-4090:]
+    elif damage == "other":
+        content += bytes(9)
+    path.write_bytes(content)
+    if damage == "gone":
+        path.unlink()
     forwards.clear()
     with open_store(model, encoded) as store:
+        lost = {"other": 0, "gone": batches}.get(damage, 1)
+        assert len(store.missing) == lost
         fill(model, encoded, store)
-    assert not forwards
-
-
-def test_a_store_of_other_shape_is_not_taken_up(model, encoded, open_store, tokenizer):
-    with open_store(model, encoded) as store:
-        fill(model, encoded, store)
-    fewer = encode(tokenizer, ["film"] * 3, None, 64)
-    with pytest.raises(OutputFolderError, match="remove the folder"):
-        open_store(model, fewer)
+        mended = everything(store)
+    assert len(forwards) == lost
+    assert all(np.array_equal(mended[key], whole[key]) for key in whole)
 
 
 def test_some_columns_can_be_read(model, encoded, open_store):
@@ -218,11 +260,10 @@ def test_some_columns_can_be_read(model, encoded, open_store):
         tap = model.spin.taps[1]
         columns = np.array([3, 0, 7])
         assert np.array_equal(store.read(tap, "max", columns), store.read(tap, "max")[:, columns])
-        assert (
-            store.bytes
-            == required_bytes(store.widths, POOLINGS, 20)
-            == sum(values.nbytes for values in everything(store).values())
-        )
+        values = sum(values.nbytes for values in everything(store).values())
+        assert required_bytes(store.widths, POOLINGS, 20) == values
+        filling = 4096 * len(store.widths) * len(store.batches)
+        assert values <= store.bytes == sum(p.stat().st_size for p in store.folder.glob("*.f32")) <= values + filling
 
 
 @pytest.mark.parametrize(
@@ -232,7 +273,7 @@ def test_some_columns_can_be_read(model, encoded, open_store):
 def test_weights_that_are_damaged_name_the_first_tap_that_shows_it(part, tap, value, model, encoded, open_store):
     with torch.no_grad():
         model.spin.backbone.get_submodule(part).bias[0] = value
-    with open_store(model, encoded) as store, pytest.raises(NonFiniteFeaturesError, match=f"Tap {tap} produced"):
+    with pytest.raises(NonFiniteFeaturesError, match=f"Tap {tap} produced"), open_store(model, encoded) as store:
         fill(model, encoded, store)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -243,7 +284,7 @@ def test_a_temporary_store_leaves_nothing_behind(fails, model, tokenizer, sentim
     seen = []
 
     def watch(*arguments):
-        seen.extend(tmp_path.glob("spin_hf_*/*.npy"))
+        seen.extend(tmp_path.glob("spin_hf_*/*.f32"))
         if fails:
             raise RuntimeError("out of memory")
         return extract(*arguments)
@@ -264,13 +305,81 @@ def test_a_temporary_store_leaves_nothing_behind(fails, model, tokenizer, sentim
 def test_a_disk_too_small_is_seen_before_the_work(temporary, model, encoded, open_store, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
-    with pytest.raises(OutputFolderError, match="0.0 GB free, the features need .*cache_dir"):
-        open_store(model, encoded, folder=None if temporary else tmp_path)
-    assert not list(tmp_path.rglob("*.npy"))
+    room = pytest.raises(OutputFolderError, match=r"0\.0 GB free, the features need .*cache_dir")
+    with room, open_store(model, encoded, folder=None if temporary else tmp_path):
+        pass
+    assert not list(tmp_path.rglob("*.f32"))
     assert not list(tmp_path.glob("spin_hf_*"))
 
 
 def test_a_folder_that_is_a_file(model, encoded, open_store, tmp_path):
     Path(tmp_path / "file").write_text("")
-    with pytest.raises(OutputFolderError, match="cache_dir"):
-        open_store(model, encoded, folder=tmp_path / "file")
+    with (
+        pytest.raises(OutputFolderError, match="cache_dir"),
+        open_store(model, encoded, folder=tmp_path / "file"),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_fills_up_keeps_what_is_done(model, encoded, open_store, forwards):
+    def fills_up(tokens):
+        if len(forwards) == 2:
+            store._files[model.spin.taps[0]] = Path("/dev/full").open("r+b", buffering=0)  # noqa: SIM115
+
+    with (
+        pytest.raises(OutputFolderError, match="No space left.*goes on from what is there"),
+        open_store(model, encoded) as store,
+    ):
+        fill(model, encoded, store, fills_up)
+    with open_store(model, encoded) as store:
+        assert store.missing == list(range(2, len(store.batches)))
+
+
+def test_a_store_that_is_being_filled_is_refused_and_a_whole_one_shared(model, encoded, open_store, run_python):
+    other = """
+import sys, pathlib
+from contextlib import ExitStack
+from spin_hf.calibration.cache import _hold
+held = ExitStack()
+_hold(pathlib.Path(sys.argv[1]), held)
+print("held", flush=True)
+sys.stdin.read()
+"""
+    with open_store(model, encoded) as store:
+        pass  # nothing filled
+    process = subprocess.Popen(
+        [sys.executable, "-c", other, str(store.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(StoreInUseError, match=f"process {process.pid} on .*Wait for it"), open_store(model, encoded):
+        pass
+    assert [found.in_use for found in list_stores(store.folder.parent)] == [True]
+    with pytest.raises(StoreInUseError):
+        clear_store(list_stores(store.folder.parent)[0])
+    process.kill()  # a lock dies with its process
+    process.communicate()
+    with open_store(model, encoded) as store:
+        fill(model, encoded, store)
+        with open_store(model, encoded) as second:
+            assert not second.missing
+            assert np.array_equal(second.read(model.spin.taps[0], "mean"), store.read(model.spin.taps[0], "mean"))
+
+
+def test_stores_are_listed_and_cleared(model, encoded, open_store, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "store.json").write_text("[]")
+    with open_store(model, encoded, key="first") as store:
+        extract(model.spin, encoded, store, [0, 1], 0, lambda tokens: None)
+    with open_store(model, encoded, key="second") as second:
+        fill(model, encoded, second)
+    found = {each.folder.name: each for each in list_stores(tmp_path)}
+    assert set(found) == {"first", "second"}
+    assert found["first"].done == 2 / len(store.batches)
+    assert found["second"].done == 1.0
+    assert found["second"].texts == 20
+    assert found["second"].bytes >= second.bytes > found["first"].bytes
+    assert not found["second"].in_use
+    for each in found.values():
+        clear_store(each)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -1,0 +1,232 @@
+"""The processes of an ``accelerate launch`` that share one calibration. With one process nothing of this is felt.
+
+What keeps the result equal to one process's, to the bit: a piece of work (a batch, a probe, a set of heads) is never
+split, and what the pieces gave is put together in the order of the pieces, whoever made them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from .errors import CalibrationError, RankError
+
+T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
+
+_LOOK_SECONDS = 5.0
+_PATIENCE = timedelta(days=7)  # to wait for another's long piece of work; one that died is noticed by the launcher
+
+
+class Ranks:
+    """This process among those that work on the same calibration, each of which makes the same calls.
+
+    Attributes:
+        index: number of this process; 0 is the main one, which alone shows, chooses and saves.
+        count: number of processes.
+        device: the one that the launcher gives to this process; ``None`` where there is but one.
+    """
+
+    def __init__(self, index: int = 0, count: int = 1, device: torch.device | None = None) -> None:
+        self.index, self.count, self.device = index, count, device
+        self._flag: Path | None = None
+        self._looked = 0.0
+
+    @classmethod
+    def here(cls) -> Ranks:
+        """The processes of this launch, or this one alone where nothing was launched."""
+        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not joined and int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+            return cls()
+        from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
+
+        # accelerate joins processes on CPUs only if told to: without the flag each would think that it is alone
+        without = not torch.accelerator.is_available() or torch.backends.mps.is_available()
+        options = {} if joined else {"timeout": _PATIENCE}
+        state = PartialState(cpu=without or parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
+        return cls(state.process_index, state.num_processes, state.device)
+
+    @property
+    def main(self) -> bool:
+        return self.index == 0
+
+    # -- failing together ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work at whose end all wait for each other.
+
+        Raises:
+            RankError: if another process failed; in that one its own error is raised. May be nested.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._tell(error)
+            raise
+        self._tell(None)
+
+    @contextmanager
+    def watching(self, flag: Path) -> Iterator[None]:
+        """Meanwhile an error is also told by this file, to be seen by those who are still at work."""
+        self._flag = flag if self.count > 1 else None
+        try:
+            yield
+        finally:
+            self._flag = None
+            if self.main:
+                flag.unlink(missing_ok=True)
+
+    def counted(self, advance: Callable[[int], Any]) -> Callable[[int], None]:
+        """``advance`` for the work of all, taking the others to be as far as this process is; ends when one failed."""
+        if self.count == 1:
+            return advance
+
+        def counted(amount: int) -> None:
+            advance(amount * self.count)
+            if self._flag is not None and time.monotonic() - self._looked > _LOOK_SECONDS:
+                self._looked = time.monotonic()
+                if self._flag.exists():
+                    raise RankError("Another process failed.")
+
+        return counted
+
+    def agree(self, value: Any, message: str) -> None:
+        """Raise :class:`CalibrationError` with this message unless all hold an equal value."""
+        if any(other != value for other in self.gather(value)):
+            raise CalibrationError(message)
+
+    def _tell(self, error: Exception | None) -> None:
+        if self.count == 1 or getattr(error, "_all_ranks_know", False):
+            return
+        first_hand = error is not None and not isinstance(error, RankError)
+        if first_hand and self._flag is not None:
+            with suppress(OSError):
+                self._flag.touch()
+        status = None if error is None else (not first_hand, self.index, f"{type(error).__name__}: {error}")
+        failures = sorted(failure for failure in self._exchange(status) if failure is not None)
+        if error is not None:
+            error._all_ranks_know = True  # type: ignore[attr-defined]
+        if failures and not first_hand:
+            _, index, text = failures[0]
+            told = RankError(f"Process {index} of {self.count} failed with {text}")
+            told._all_ranks_know = True  # type: ignore[attr-defined]
+            raise told from None
+
+    # -- sharing work -------------------------------------------------------------------------------------------------
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of pieces of about equal cost."""
+        return items[self.index :: self.count]
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each process, in their order, on all."""
+        if self.count == 1:
+            return [value]
+        return [_unpacked(other, self._place) for other in self._exchange(_packed(value))]
+
+    def map(
+        self,
+        items: Sequence[T],
+        work: Callable[[T], R],
+        *,
+        cost: Callable[[T], float],
+        advance: Callable[[int], Any] = lambda amount: None,
+    ) -> list[R]:
+        """``work(item)`` for all items, spread over the processes; all get all results, in the order of the items.
+
+        Args:
+            cost: by which the items are spread evenly.
+            advance: called with 1 after each item.
+        """
+        counted, found = self.counted(advance), {}
+        with self.together():
+            for i in _balanced([cost(item) for item in items], self.count)[self.index]:
+                found[i] = work(items[i])
+                counted(1)
+        merged = {i: result for part in self.gather(found) for i, result in part.items()}
+        return [merged[i] for i in range(len(items))]
+
+    def on_main(self, work: Callable[[], R]) -> R:
+        """What ``work`` returns on the main process, which alone does it; all get it."""
+        if self.count == 1:
+            return work()
+        from accelerate.utils import broadcast_object_list
+
+        box: list[Any] = [None]
+        with self.together():
+            if self.main:
+                made = work()
+                box = [_packed(made)]
+        received = broadcast_object_list(box)[0]
+        return made if self.main else _unpacked(received, self._place)
+
+    @property
+    def _place(self) -> torch.device:
+        return self.device or torch.device("cpu")
+
+    def _exchange(self, value: T) -> list[T]:
+        from accelerate.utils import gather_object
+
+        return list(gather_object([value]))
+
+
+def ending_together(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function fail in all processes of the launch where it fails in one; see :meth:`Ranks.together`."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with Ranks.here().together():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """Indices for each part: the dearest first, each to the part that has least; in ascending order within a part."""
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    loads = [0.0] * parts
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        part = min(range(parts), key=lambda part: (loads[part], part))
+        chosen[part].append(i)
+        loads[part] += costs[i]
+    return [sorted(part) for part in chosen]
+
+
+class _Away(NamedTuple):
+    """A tensor of a device that another process may not have, on its way through the CPU."""
+
+    tensor: Tensor
+
+
+def _packed(value: Any) -> Any:
+    return _mapped(value, lambda leaf: _Away(leaf.cpu()) if isinstance(leaf, Tensor) and not leaf.is_cpu else leaf)
+
+
+def _unpacked(value: Any, device: torch.device) -> Any:
+    return _mapped(value, lambda leaf: leaf.tensor.to(device) if isinstance(leaf, _Away) else leaf)
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy with all leaves of lists, tuples, dicts and dataclasses changed."""
+    if is_dataclass(value) and not isinstance(value, type):
+        inner = {f.name: _mapped(getattr(value, f.name), change) for f in fields(value) if f.init}
+        return replace(value, **inner)
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and not isinstance(value, _Away):
+        items = [_mapped(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return change(value)

@@ -1,0 +1,199 @@
+"""From stored features to the chosen head, the work spread over the processes: probes, heads, the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..modeling_spin import FeatureGroup
+from ..taps import Tap
+from .confidence import Confidence
+from .errors import CalibrationError
+from .fits import Fits
+from .heads import HeadFitter, HeadSet, head_sets
+from .probes import Labelled, Probe, fit_probe
+from .progress import Show
+from .ranks import Ranks
+from .recipe import Recipe
+from .selection import Candidate, probe_candidate, smallest_within_error, winner
+from .store import FeatureStore
+from .task import Task
+
+Fitted = tuple[Candidate, list[Probe]]
+
+
+def probe_all(
+    store: FeatureStore, data: Labelled, recipe: Recipe, tol: float, fits: Fits, ranks: Ranks, show: Show
+) -> list[list[Probe]]:
+    """For each (tap, pooling) its probes, best first: one, or one per C where all taps must share it.
+
+    Raises:
+        CalibrationError: if all of them are empty.
+    """
+
+    def probe(place: tuple[Tap, str]) -> list[Probe]:
+        features = torch.from_numpy(store.read(*place)).to(fits.device)
+        ranked = fit_probe(
+            features, *place, data, Cs=recipe.Cs, raw=recipe.raw, stop_early=not recipe.shared_C, tol=tol
+        )
+        return [probe for probe in (ranked if recipe.shared_C else ranked[:1]) if probe.num_features]
+
+    settings = recipe.Cs, recipe.raw, recipe.shared_C, tol
+    places = [(tap, pooling) for tap in store.widths for pooling in store.poolings]
+    with show.bar("Probing", len(places)) as advance:
+        found = ranks.map(
+            places,
+            lambda place: fits.keep(f"probe.{place[0]}.{place[1]}", settings, lambda: probe(place)),
+            cost=lambda place: store.widths[place[0]],
+            advance=advance,
+        )
+    kept = [ranked for ranked in found if ranked]
+    if not kept:
+        raise CalibrationError("No neuron of any tap carries the label: every probe is empty. Try larger Cs.")
+    return kept
+
+
+def try_heads(
+    fitter: HeadFitter,
+    probes: list[list[Probe]],
+    recipe: Recipe,
+    depths: list[int],
+    tol: float,
+    fits: Fits,
+    ranks: Ranks,
+    show: Show,
+) -> list[Fitted]:
+    """Every candidate with the probes it was selected by: heads on combined taps, and single probes.
+
+    Raises:
+        CalibrationError: if all of them have too many features.
+    """
+    grids = [[ranked[0] for ranked in probes]]
+    if recipe.shared_C:
+        values = sorted({probe.C for ranked in probes for probe in ranked})
+        grids = [[probe for ranked in probes for probe in ranked if probe.C == C] for C in values]
+
+    def fit(heads: HeadSet) -> list[Candidate]:
+        return fitter.fit(heads, etas=recipe.etas, max_features=recipe.max_features)
+
+    settings = recipe, tol, fitter.tol
+    sets = [(grid, heads) for grid in grids for heads in head_sets(grid, depths, combine=recipe.combine)]
+    sets = sets if recipe.etas else []
+    with show.bar("Fitting heads", len(sets)) as advance:
+        found = ranks.map(
+            sets,
+            lambda entry: fits.keep(entry[1].name, settings, lambda: fit(entry[1])),
+            cost=lambda entry: min(entry[1].num_features, recipe.max_features),
+            advance=advance,
+        )
+    tried = [(candidate, grid) for (grid, _), fitted in zip(sets, found, strict=True) for candidate in fitted]
+    singles = [probe_candidate(probe) for probe in grids[0]] if not recipe.shared_C else []
+    fitting = [c for c in singles if 0 < c.num_features <= recipe.max_features and c.depth <= depths[-1]]
+    tried += [(candidate, grids[0]) for candidate in fitting]
+    if not tried:
+        raise CalibrationError(
+            f"No candidate has at most {recipe.max_features} features. Raise max_features, or try smaller etas."
+        )
+    return tried
+
+
+@dataclass(frozen=True)
+class Final:
+    """What is written into the model."""
+
+    candidate: Candidate
+    groups: list[FeatureGroup]
+    mean: Tensor
+    scale: Tensor
+    weight: Tensor
+    intercept: Tensor
+    gap: float
+
+    def logits(self, store: FeatureStore, task: Task, rows: np.ndarray) -> np.ndarray:
+        """``(rows, num_labels)``, as the model will give them."""
+        read = [store.read(group.tap, group.pooling, group.neurons.numpy())[rows] for group in self.groups]
+        features = torch.from_numpy(np.concatenate([np.zeros((len(rows), 0), np.float32), *read], 1))
+        weight, bias = task.as_logits(self.weight, self.intercept)
+        features = (features - self.mean.cpu()) / self.scale.cpu()
+        return np.asarray((features @ weight.cpu().T + bias.cpu()).numpy())
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """The choice: its head, the winner by score alone, all candidates, best first. No ``confidence`` for regression."""
+
+    final: Final
+    best: Candidate
+    candidates: tuple[Candidate, ...]
+    baselines: Mapping[str, float]
+    confidence: Confidence | None
+
+
+def conclude(
+    fitter: HeadFitter,
+    tried: list[Fitted],
+    probes: list[list[Probe]],
+    *,
+    prefer: str,
+    tol: float,
+    seed: int,
+    last: tuple[Tap, str] | None,
+) -> Conclusion:
+    """Choose among the candidates and fit the chosen one on the final training rows.
+
+    Args:
+        prefer: ``"score"`` or ``"compact"``, as in :func:`spin_hf.spin_calibrate`.
+        tol: relative duality gap of the final head.
+        seed: of the bootstrap.
+        last: tap and pooling of the baseline on the last layer, if it is at hand.
+    """
+    every, truth = [candidate for candidate, _ in tried], fitter.data.labels[fitter.data.eval_rows]
+    metric = fitter.data.task.metric
+    best = chosen = winner(every, metric, truth, seed=seed)
+    if prefer == "compact":
+        chosen = smallest_within_error(every, best, metric, truth, seed=seed)
+    final = _finish(fitter, chosen, tried, tol)
+    if chosen is best:
+        singles = [c for c in every if c.probe is not None]
+        ahead = [c for c in singles if c.score > final.candidate.score]
+        if ahead:  # the tighter tolerance turned a text that stood on the fence
+            chosen = min(ahead, key=lambda c: c.rank)
+            final = _finish(fitter, chosen, tried, tol)
+        best = final.candidate
+    ranked = sorted((final.candidate if c is chosen else c for c in every), key=lambda c: c.rank)
+    baselines = {} if last is None else {f"last layer ({last[1]})": fitter.fit_tap(*last)[0]}
+    baselines["best probe"] = max(of_tap[0].score for of_tap in probes)
+    confidence = None
+    if fitter.data.task.problem_type != "regression":
+        confidence = Confidence.measure(_held_out_logits(fitter, chosen, tried, final, tol), truth, seed=seed)
+    return Conclusion(final, best, tuple(ranked), baselines, confidence)
+
+
+def _held_out_logits(
+    fitter: HeadFitter, chosen: Candidate, tried: list[Fitted], final: Final, tol: float
+) -> np.ndarray:
+    """Logits ``(evaluation rows, num_labels)`` of heads that did not see those rows."""
+    folds = fitter.data.folds
+    heads = [final] if len(folds) == 1 else [_finish(fitter, chosen, tried, tol, fold) for fold in range(len(folds))]
+    return np.concatenate(
+        [head.logits(fitter.store, fitter.data.task, rows) for head, (_, rows) in zip(heads, folds, strict=True)]
+    )
+
+
+def _finish(fitter: HeadFitter, candidate: Candidate, tried: list[Fitted], tol: float, fold: int = -1) -> Final:
+    """The chosen candidate, fitted on the final training rows, or on those of a fold."""
+    probes = next(probes for other, probes in tried if other is candidate)
+    if candidate.probe is None:
+        columns, point, candidate = fitter.fit_final(probes, candidate, tol, fold)
+        groups = columns.groups()
+        return Final(candidate, groups, columns.mean, columns.scale, point.weight, point.intercept, point.gap)
+    probe = next(p for p in probes if str(p.tap) == candidate.probe and p.pooling == candidate.pooling)
+    fit = probe.fits[fold]
+    kept = fit.salience.nonzero()[:, 0]
+    group = FeatureGroup(probe.tap, probe.pooling, kept.cpu())
+    mean, scale, weight = fit.mean[kept], fit.scale[kept], fit.weight[:, kept]
+    return Final(candidate, [group], mean, scale, weight, fit.intercept, probe.worst_gap)

@@ -1,0 +1,115 @@
+"""What the tests run in several processes: ``python tests/launched.py TASK FOLDER``, one for each RANK."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import builders
+import torch
+import transformers as hf
+from safetensors.torch import save_file
+
+from spin_hf import SpinForSequenceClassification, spin_calibrate
+from spin_hf.calibration.errors import CalibrationError
+
+QUICK = {"progress": False, "Cs": 4, "etas": (0.5, 1.0), "batch_tokens": 64}
+
+
+def calibrate(folder: Path, name: str, **options: object) -> None:
+    """Save model and result as this process has them."""
+    rows = builders.make_sentiment_rows()
+    model = SpinForSequenceClassification.from_backbone(builders.make_backbone("bert"))
+    if (kill_at := int(os.environ.get("KILL_AT", "0"))) and os.environ["RANK"] == "1":
+        run, calls = model.spin.run_backbone, []
+
+        def dying(*arguments: object) -> None:
+            calls.append(1)
+            if len(calls) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            run(*arguments)
+
+        model.spin.run_backbone = dying
+    result = spin_calibrate(model, builders.make_tokenizer(), rows, **{**QUICK, **options})
+    (folder / name).mkdir(parents=True)
+    save_file(
+        model.state_dict(), folder / name / "model.safetensors"
+    )  # save_pretrained writes on the main process only
+    (folder / name / "config.json").write_text(model.config.to_json_string())
+    result.save(folder / name / "calibration.json")
+
+
+def fail(folder: Path) -> None:
+    """One process fails in the middle of the extraction, while the other has a long way to go."""
+    from spin_hf.calibration import ranks
+
+    ranks._LOOK_SECONDS = 0.0
+    rows = builders.make_sentiment_rows(400)
+    model = SpinForSequenceClassification.from_backbone(builders.make_backbone("bert"))
+    rank, run, calls = int(os.environ["RANK"]), model.spin.run_backbone, []
+
+    def breaking(*arguments: object) -> None:
+        calls.append(1)
+        if rank == 1 and len(calls) == 3:
+            raise RuntimeError("the device is lost")
+        run(*arguments)
+        deadline = time.monotonic() + 60
+        while rank == 0 and len(calls) == 4 and time.monotonic() < deadline:  # until the other has failed
+            if list((folder / "cache").glob("*/failed.*")):
+                break
+            time.sleep(0.01)
+
+    model.spin.run_backbone = breaking
+    told = {}
+    try:
+        spin_calibrate(model, builders.make_tokenizer(), rows, cache_dir=folder / "cache", **QUICK)
+    except (RuntimeError, CalibrationError) as error:
+        told["extraction"] = f"{type(error).__name__}: {error}"
+    told["batches"] = len(calls)
+    model = SpinForSequenceClassification.from_backbone(builders.make_backbone("bert"))
+    rows = builders.make_sentiment_rows(20 + rank)
+    try:
+        spin_calibrate(model, builders.make_tokenizer(), rows, **QUICK)
+    except CalibrationError as error:
+        told["data"] = f"{type(error).__name__}: {error}"
+    (folder / f"told.{rank}.json").write_text(json.dumps(told))
+
+
+def train(folder: Path, batch: int = 4) -> hf.PreTrainedModel:
+    """Train the head, and save it."""
+    model = builders.calibrated(builders.make_backbone("bert"))
+    rows = builders.make_sentiment_rows()
+    encoded = builders.make_tokenizer()(rows["text"])
+    data = [
+        {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label}
+        for ids, label in zip(encoded["input_ids"], rows["label"], strict=True)
+    ]
+    arguments = hf.TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        use_cpu=True,
+        per_device_train_batch_size=batch,
+        num_train_epochs=2,
+        learning_rate=0.05,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    collator = hf.DataCollatorWithPadding(builders.make_tokenizer())
+    hf.Trainer(model, arguments, train_dataset=data, data_collator=collator).train()
+    return model
+
+
+if __name__ == "__main__":
+    hf.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    task, folder = sys.argv[1], Path(sys.argv[2])
+    if task == "calibrate":
+        calibrate(folder, f"rank{os.environ['RANK']}", cache_dir=folder / "cache")
+    elif task == "fail":
+        fail(folder)
+        save_file(train(folder).score.state_dict(), folder / f"trained.{os.environ['RANK']}.safetensors")
