@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..modeling_spin import SpinForSequenceClassification, SpinModel
 from ..pooling import pool
-from ..taps import Tap, attach, model_device, record
+from ..taps import Tap, model_device, record
 from .errors import EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
 from .store import FeatureStore
 
@@ -146,9 +146,8 @@ def extract(
     taps = list(store.widths)
     model.eval()
     device = model_device(model)
-    hooks = attach(model.backbone, model.layout, taps)
     last_commit = time.monotonic()
-    try:
+    with model.hooked(taps):
         for number, rows in enumerate(batches):
             tokens = sum(lengths[row] for row in rows)
             if number < store.batches_done:
@@ -178,9 +177,6 @@ def extract(
             if time.monotonic() - last_commit > _COMMIT_SECONDS:
                 store.commit(number + 1)
                 last_commit = time.monotonic()
-    finally:
-        for hook in hooks:
-            hook.remove()
     store.commit(len(batches))
 
 
