@@ -15,12 +15,14 @@ from ..taps import model_device
 def add_gates(model: SpinForSequenceClassification, *, penalty: float = 1e-3) -> None:
     """Put an open gate on every kept feature. **Changes the model in place.**
 
-    The gates train beside the head, in ``Trainer`` or any other loop; in training mode the loss contains their price.
-    A gated model saves, loads and predicts like any other. End with :func:`prune_gates`.
+    The gates train beside the head, in ``Trainer`` or any other loop; in training mode the loss contains their price
+    (:class:`spin_hf.gates.Gates` says how that closes them). A gated model saves, loads and predicts like any other.
+    End with :func:`prune_gates`. A gate has to come down from 1 to 0 in steps of about the learning rate: give it a
+    thousand steps at 1e-2, rather than the usual 1e-5.
 
     Args:
         model: a calibrated classifier.
-        penalty: price of a gate, in units of the mean loss. The higher, the fewer features stay.
+        penalty: price of an open gate, in units of the mean loss. The higher, the fewer features stay.
 
     Raises:
         NotCalibratedError: without features.
