@@ -9,6 +9,7 @@ from .calibration import CalibrationResult, spin_calibrate
 from .configuration_spin import CheckpointError, SpinConfig
 from .modeling_spin import NotCalibratedError, SpinForSequenceClassification, SpinModel
 from .taps import TapError
+from .training import lora_targets
 
 AutoConfig.register(SpinConfig.model_type, SpinConfig, exist_ok=True)
 AutoModel.register(SpinConfig, SpinModel, exist_ok=True)
@@ -24,5 +25,6 @@ __all__ = [
     "SpinForSequenceClassification",
     "SpinModel",
     "TapError",
+    "lora_targets",
     "spin_calibrate",
 ]

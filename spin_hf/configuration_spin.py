@@ -51,6 +51,7 @@ class SpinConfig(PreTrainedConfig):
         class_weights: weight of each label in the training loss, in the order of ``id2label``.
         max_text_tokens: tokens per text that calibration used; longer texts were cut.
         logit_temperature: what the model divides its logits by, so that probabilities match how often they hold.
+        gate_penalty: cost of an open gate in the training loss; ``None`` for a model without gates.
         spin_format: version of this format.
 
     Raises:
@@ -71,6 +72,7 @@ class SpinConfig(PreTrainedConfig):
         class_weights: list[float] | None = None,
         max_text_tokens: int | None = None,
         logit_temperature: float = 1.0,
+        gate_penalty: float | None = None,
         spin_format: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
@@ -90,6 +92,7 @@ class SpinConfig(PreTrainedConfig):
         self.class_weights = class_weights
         self.max_text_tokens = max_text_tokens
         self.logit_temperature = _checked_temperature(logit_temperature)
+        self.gate_penalty = gate_penalty
         attention = kwargs.pop("attn_implementation", None)  # the backbone's, as the wrapper has none
         if attention is not None and isinstance(self.backbone_config, PreTrainedConfig):
             self.backbone_config._attn_implementation = attention
@@ -103,6 +106,14 @@ class SpinConfig(PreTrainedConfig):
     def hidden_size(self) -> int | None:
         """The backbone's; asked for by Trainer and DeepSpeed integrations."""
         return None if self.backbone_config is None else self.backbone_config.get_text_config().hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """There is none, and what asks for it is PEFT, to put virtual tokens before a text."""
+        raise AttributeError(
+            "SpinConfig has no vocab_size. Prompt tuning, prefix tuning and their kin are not supported: their virtual "
+            "tokens shift what the neurons were chosen on. Use LoraConfig or IA3Config."
+        )
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         return self

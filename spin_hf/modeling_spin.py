@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from transformers.utils import ModelOutput, logging
 from .backbone import HUB_ARGUMENTS, build_backbone, check_rebuilds, load_backbone
 from .configuration_spin import CheckpointError, SpinConfig, remote_code_is_trusted, trusting_remote_code
 from .depth import truncate
+from .drift import sample, warn_if_moved
+from .gates import Gates
 from .pooling import align_left, pool
 from .taps import Layout, Tap, TapError, attach, find_layout, model_device, record
 
@@ -85,13 +87,15 @@ class SpinPreTrainedModel(PreTrainedModel):
     base_model_prefix = "spin"
     main_input_name = "input_ids"
     # Not all of the standardizer: its indices would become floats.
-    _keep_in_fp32_modules_strict = ["score", "standardizer.mean", "standardizer.scale"]
+    _keep_in_fp32_modules_strict = ["score", "gates", "standardizer.mean", "standardizer.scale"]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """A fresh head starts at zero; everything else is loaded, or the backbone's own business."""
+        """A fresh head starts at zero, fresh gates open; everything else is loaded, or the backbone's own business."""
         if module is getattr(self, "score", None):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, Gates):
+            module.open()
 
     @classmethod
     def from_pretrained(
@@ -117,9 +121,11 @@ class SpinPreTrainedModel(PreTrainedModel):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
-        if missing := sorted(name for name in info["missing_keys"] if "standardizer." in name):
+        own = ("standardizer.", "gates.")
+        if missing := sorted(name for name in info["missing_keys"] if any(part in name for part in own)):
             raise CheckpointError(f"{pretrained_model_name_or_path} lacks {', '.join(missing)}. Save the model again.")
         model.freeze_backbone()  # loading replaces the parameters that __init__ froze
+        getattr(model, "spin", model).remember_backbone()
         return (model, info) if wants_info else model
 
     @classmethod
@@ -152,7 +158,7 @@ class SpinPreTrainedModel(PreTrainedModel):
         return {
             name: tensor
             for name, tensor in found.items()
-            if tensor.is_floating_point() and not {"score", "standardizer"}.isdisjoint(name.split(".")[:2])
+            if tensor.is_floating_point() and not {"score", "gates", "standardizer"}.isdisjoint(name.split(".")[:2])
         }
 
 
@@ -179,6 +185,8 @@ class SpinModel(SpinPreTrainedModel):
         self.groups: list[tuple[Tap, list[tuple[str, int, int]]]] = []
         self._hooks: list[Any] = []
         self._install_hooks()
+        self._weights_seen: dict[str, Tensor] | None = None
+        self.register_state_dict_pre_hook(warn_if_moved)
         self.post_init()
         self.freeze_backbone()
 
@@ -231,6 +239,30 @@ class SpinModel(SpinPreTrainedModel):
     def _install_hooks(self) -> None:
         self.groups = _group_by_tap(self.config)
         self._hooks = attach(self.backbone, self.layout, [tap for tap, _ in self.groups])
+
+    @contextmanager
+    def hooked(self, taps: Sequence[Tap]) -> Iterator[None]:
+        """Have the hooks on these taps, instead of those that the kept neurons need, for the length of a context."""
+        for hook in self._hooks:
+            hook.remove()
+        hooks = attach(self.backbone, self.layout, taps)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._install_hooks()
+
+    def remember_backbone(self) -> None:
+        """Take the backbone's present weights for those that the neurons were chosen on.
+
+        Where they have changed by the time the model is saved, or got an adapter, a warning says so.
+        """
+        self._weights_seen = sample(self.backbone)
+
+    def forget_backbone(self) -> None:
+        """Warn of no change, until :meth:`remember_backbone`."""
+        self._weights_seen = None
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
@@ -383,6 +415,8 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         self.spin = SpinModel(config, backbone)
         self.supports_gradient_checkpointing = self.spin.supports_gradient_checkpointing
         self.score = _linear(config.num_features, config.num_labels)
+        penalty = config.gate_penalty
+        self.gates = None if penalty is None else Gates(config.num_features, penalty)
         self.post_init()
 
     @classmethod
@@ -418,6 +452,11 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         """
         problem_type = problem_type or "single_label_classification"
         names = _label_names(labels, num_labels, problem_type)
+        if hasattr(backbone, "peft_config"):
+            raise ValueError(
+                "The backbone is adapted by PEFT. Merge the adapter into its weights first: "
+                "SpinForSequenceClassification.from_backbone(backbone.merge_and_unload(), ...)."
+            )
         if isinstance(backbone, nn.Module):
             if kwargs:
                 raise ValueError(f"{', '.join(kwargs)} can only be used when the backbone is loaded here, by its name.")
@@ -467,6 +506,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        features: Tensor | None = None,
         output_features: bool = False,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -481,6 +521,8 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: as in :meth:`SpinModel.forward`.
             labels: class ids ``(batch,)``, 0/1 floats ``(batch, num_labels)`` for multi-label, or floats ``(batch,)``
                 for regression.
+            features: standardised features ``(batch, num_features)`` read before, instead of texts: the backbone does
+                not run.
             output_features: return the feature vectors too.
 
         Returns:
@@ -488,14 +530,23 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
             is false.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        hidden = self.spin(*inputs, return_dict=True, **kwargs)
-        with torch.autocast(hidden.features.device.type, enabled=False):
-            logits = self.score(hidden.features) / self.config.logit_temperature
+        if features is None:
+            features = self.spin(*inputs, return_dict=True, **kwargs).features
+        elif features.shape[1:] != (self.config.num_features,) or not self.calibrated:
+            raise ValueError(
+                f"features should be (batch, {self.config.num_features}), not {tuple(features.shape)}. Read them with "
+                "this model: spin_hf.training.store_features(model, tokenizer, data)."
+            )
+        with torch.autocast(features.device.type, enabled=False):
+            logits = self.score(features if self.gates is None else self.gates(features))
+            logits = logits / self.config.logit_temperature
             loss = None if labels is None else self._loss(logits, labels.to(logits.device))
-        features = hidden.features if output_features else None
+            if loss is not None and self.gates is not None and self.training:
+                loss = loss + self.gates.penalty()
+        shown = features if output_features else None
         if not _wants_dict(return_dict, self.config):
-            return tuple(part for part in (loss, logits, features) if part is not None)
-        return SpinSequenceClassifierOutput(loss=loss, logits=logits, features=features)
+            return tuple(part for part in (loss, logits, shown) if part is not None)
+        return SpinSequenceClassifierOutput(loss=loss, logits=logits, features=shown)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         weights = self.config.class_weights

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.metrics import mean_absolute_error
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .calibration.confidence import expected_calibration_error, text_confidence
 from .calibration.errors import ConfidenceError
-from .calibration.extraction import check_tokenizer, encode, pad, plan_batches, window
+from .calibration.extraction import Encoded, check_tokenizer, encode, pad, plan_batches, window
 from .calibration.task import METRICS
 from .modeling_spin import NotCalibratedError, SpinForSequenceClassification
 from .taps import model_device
@@ -82,6 +83,39 @@ class Prediction:
         return {**row, **({next(iter(row)): None} if abstained else {}), "abstained": abstained}
 
 
+def encode_for(
+    model: SpinForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+) -> Encoded:
+    """Tokenize as calibration did.
+
+    Raises:
+        NotCalibratedError, PadTokenError, TokenizerMismatchError: before any work.
+    """
+    if not model.calibrated:
+        raise NotCalibratedError("This model was never calibrated; run spin_calibrate first.")
+    check_tokenizer(tokenizer, model)
+    limit = model.config.max_text_tokens or window(tokenizer, model)
+    return encode(tokenizer, list(texts), None if pairs is None else list(pairs), limit)
+
+
+def batches(
+    model: SpinForSequenceClassification, tokenizer: PreTrainedTokenizerBase, encoded: Encoded, batch_tokens: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """The rows of each batch, and its inputs on the model's device."""
+    device = model_device(model)
+    for rows in plan_batches(encoded.lengths, batch_tokens):
+        batch = {
+            "input_ids": pad([encoded.input_ids[row] for row in rows], int(tokenizer.pad_token_id)),
+            "attention_mask": pad([[1] * encoded.lengths[row] for row in rows], 0),
+        }
+        if encoded.token_type_ids is not None:
+            batch["token_type_ids"] = pad([encoded.token_type_ids[row] for row in rows], 0)
+        yield rows, {name: value.to(device) for name, value in batch.items()}
+
+
 @torch.no_grad()
 def predict(
     model: SpinForSequenceClassification,
@@ -106,23 +140,12 @@ def predict(
     Raises:
         NotCalibratedError, ConfidenceError, PadTokenError, TokenizerMismatchError: before any work.
     """
-    if not model.calibrated:
-        raise NotCalibratedError("This model was never calibrated; run spin_calibrate first.")
     _check_min_confidence(min_confidence, model.config.problem_type)
-    check_tokenizer(tokenizer, model)
-    limit = model.config.max_text_tokens or window(tokenizer, model)
-    encoded = encode(tokenizer, list(texts), None if pairs is None else list(pairs), limit)
+    encoded = encode_for(model, tokenizer, texts, pairs)
     model.eval()
-    device = model_device(model)
     logits = torch.empty(len(encoded.input_ids), model.config.num_labels)
-    for rows in plan_batches(encoded.lengths, batch_tokens):
-        batch = {
-            "input_ids": pad([encoded.input_ids[row] for row in rows], int(tokenizer.pad_token_id)),
-            "attention_mask": pad([[1] * encoded.lengths[row] for row in rows], 0),
-        }
-        if encoded.token_type_ids is not None:
-            batch["token_type_ids"] = pad([encoded.token_type_ids[row] for row in rows], 0)
-        logits[rows] = model(**{name: value.to(device) for name, value in batch.items()}).logits.cpu()
+    for rows, batch in batches(model, tokenizer, encoded, batch_tokens):
+        logits[rows] = model(**batch).logits.cpu()
     problem_type = model.config.problem_type
     if problem_type == "regression":
         probabilities = logits

@@ -60,6 +60,7 @@ def spin_calibrate(
     cache_dir: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
+    recalibrate: bool = False,
 ) -> CalibrationResult:
     """Make a classifier of a wrapped backbone. **Changes the model in place**: features, head, labels and depth.
 
@@ -111,6 +112,8 @@ def spin_calibrate(
             on a file system that they share.
         seed: of the split, folds and bootstrap.
         progress: show bars, estimates and the disk needed, on standard error.
+        recalibrate: choose neurons and head anew, in the blocks there are, for a model whose backbone was trained or
+            got an adapter since its calibration. Its labels stay.
 
     Returns:
         The record of what was tried and kept.
@@ -134,11 +137,7 @@ def spin_calibrate(
     )
     if prefer not in ("score", "compact"):
         raise CalibrationError(f"prefer must be 'score' or 'compact'; got {prefer!r}.")
-    if model.calibrated:
-        raise CalibrationError(
-            "This model is calibrated already, and blocks above its depth are gone. Start from the backbone again: "
-            f"SpinForSequenceClassification.from_backbone({model.config.backbone_id!r}, ...)."
-        )
+    check_fresh(model, recalibrate=recalibrate)
     if batch_tokens < 1:
         raise CalibrationError(f"batch_tokens must be at least 1; got {batch_tokens}.")
     check_tokenizer(tokenizer, model)
@@ -197,6 +196,7 @@ def spin_calibrate(
                 choice = ranks.on_main(partial(choose, last=_last_layer(taps, recipe, blocks)))
     final, confidence = choice.final, choice.confidence
     model.spin.set_features(final.groups, final.mean, final.scale, depth=final.candidate.depth)
+    model.spin.remember_backbone()
     model.set_head(*task.as_logits(final.weight, final.intercept))
     model.config.logit_temperature = 1.0 if confidence is None else confidence.temperature
     _write_config(model, task, class_weights, limit, tokenizer)
@@ -249,6 +249,31 @@ def spin_calibrate(
         },
         confidence=confidence,
     )
+
+
+def check_fresh(model: Any, *, recalibrate: bool) -> None:
+    """Raise for a model that can't be calibrated in its present state.
+
+    Raises:
+        CalibrationError: if it is calibrated and that is not wanted anew, has gates, or is wrapped for PEFT.
+    """
+    if not isinstance(model, SpinForSequenceClassification):
+        advice = "Make one with SpinForSequenceClassification.from_backbone(...)."
+        if hasattr(model, "peft_config"):
+            advice = "Merge its adapter first: model = model.merge_and_unload()."
+        raise CalibrationError(f"A {type(model).__name__} can't be calibrated. {advice}")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise CalibrationError(
+            "This model is part of a PEFT model. Merge the adapter first: model = peft_model.merge_and_unload()."
+        )
+    if model.gates is not None:
+        raise CalibrationError("This model has gates; remove them first: spin_hf.training.prune_gates(model).")
+    if model.calibrated and not recalibrate:
+        raise CalibrationError(
+            "This model is calibrated already, and blocks above its depth are gone. Start from the backbone again: "
+            f"SpinForSequenceClassification.from_backbone({model.config.backbone_id!r}, ...). Where its backbone was "
+            "trained since, calibrate it as it is: spin_calibrate(model, ..., recalibrate=True)."
+        )
 
 
 def _token_limit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..modeling_spin import SpinForSequenceClassification, SpinModel
 from ..pooling import pool
-from ..taps import Tap, attach, model_device, record
+from ..taps import Tap, model_device, record
 from .errors import EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
 from .store import FORMAT, FeatureStore
 
@@ -147,8 +148,7 @@ def extract(
     taps = list(store.widths)
     model.eval()
     device = model_device(model)
-    hooks = attach(model.backbone, model.layout, taps)
-    try:
+    with model.hooked(taps), closing(store):
         for number in numbers:
             rows = store.batches[number].tolist()
             batch = pad([encoded.input_ids[row] for row in rows], pad_token_id).to(device)
@@ -172,10 +172,6 @@ def extract(
                     )
             store.write(number, arrays)
             advance(sum(lengths[row] for row in rows))
-    finally:
-        store.close()
-        for hook in hooks:
-            hook.remove()
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
