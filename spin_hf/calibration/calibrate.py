@@ -21,7 +21,7 @@ from .extraction import check_tokenizer, encode, extract, fingerprint, plan_batc
 from .fits import Fits
 from .folds import check_sample_weight, prepare
 from .heads import HeadFitter
-from .probes import Labelled
+from .probes import Labelled, probe_bytes
 from .progress import Clock, shown
 from .ranks import Ranks, ending_together
 from .recipe import Preset, Recipe
@@ -74,7 +74,8 @@ def spin_calibrate(
 
     Args:
         model: from ``SpinForSequenceClassification.from_backbone``.
-        tokenizer: the backbone's, with a pad token.
+        tokenizer: the backbone's, with a pad token. Its ``model_max_length`` becomes the number of tokens a text is cut
+            to here, so that ``pipeline(..., truncation=True)`` cuts alike.
         train: ``datasets.Dataset``, pandas frame, dict of columns, list of dicts, or a pair (texts, labels).
         eval: likewise; decides every choice. Without it, ``cv`` folds of ``train`` do, or a fifth of it held out.
         text_column: column of the texts, or two columns for sentence pairs; found by common names otherwise.
@@ -141,7 +142,6 @@ def spin_calibrate(
     if batch_tokens < 1:
         raise CalibrationError(f"batch_tokens must be at least 1; got {batch_tokens}.")
     check_tokenizer(tokenizer, model)
-    blocks = model.spin.depth
     tried_depths = _depths(model, recipe, whole=preset == "paper" and not (depths or max_depth))
     prepared = prepare(model, train, eval, cv, seed, text_column=text_column, label_column=label_column)
     rows, names, labels, refit = prepared.rows, prepared.names, prepared.labels, prepared.refit
@@ -161,15 +161,17 @@ def spin_calibrate(
             limit = _token_limit(max_length, tokenizer, model)
             encoded = encode(tokenizer, rows.texts, rows.pairs, limit)
             batches = plan_batches(encoded.lengths, batch_tokens)
-        widths = {tap: tap_width(model.spin.backbone, model.spin.layout, tap) for tap in taps}
+        last = model.spin.taps[-1]  # also where no candidate may use it: the baseline is what a usual classifier reads
+        read = taps if last in taps else [*taps, last]
+        widths = {tap: tap_width(model.spin.backbone, model.spin.layout, tap) for tap in read}
         show.say(
             f"{len(rows):,} texts, {sum(encoded.lengths):,} tokens, {len(taps)} taps, {len(recipe.poolings)} poolings: "
             f"{required_bytes(widths, recipe.poolings, len(rows)) / 1e6:,.0f} MB of disk, "
-            f"{12 * len(rows) * max(widths.values()) / 1e6:,.0f} MB of memory for a probe."
+            f"{probe_bytes(max(widths.values()), len(rows), len(data.fits())) / 1e6:,.0f} MB of memory for a probe."
         )
         key = ""
         if cache_dir is not None or ranks.count > 1:
-            key = fingerprint(model.spin, encoded, taps, recipe.poolings, batch_tokens)
+            key = fingerprint(model.spin, encoded, read, recipe.poolings, batch_tokens)
         ranks.agree(
             (key, data.fingerprint(), asdict(recipe)),
             "The processes of this launch don't hold the same backbone, texts, labels and options. Load and shuffle "
@@ -188,12 +190,12 @@ def spin_calibrate(
             if cache_dir is not None and not callable(metric):
                 fits = Fits.beside(store.folder, data.fingerprint(), device)
             with clock("probe"):
-                probes = probe_all(store, data, recipe, tol, fits, ranks, show)
+                probes = probe_all(taps, store, data, recipe, tol, fits, ranks, show)
             with clock("heads"):
                 fitter = HeadFitter(store, data, device, penalty=recipe.head)
                 tried = try_heads(fitter, probes, recipe, tried_depths, tol, fits, ranks, show)
-                choose = partial(conclude, fitter, tried, probes, prefer=prefer, tol=tol, seed=seed)
-                choice = ranks.on_main(partial(choose, last=_last_layer(taps, recipe, blocks)))
+                choose = partial(conclude, fitter, tried, probes, prefer=prefer, tol=tol, seed=seed, last=last)
+                choice = ranks.on_main(choose)
     final, confidence = choice.final, choice.confidence
     model.spin.set_features(final.groups, final.mean, final.scale, depth=final.candidate.depth)
     model.spin.remember_backbone()
@@ -313,12 +315,6 @@ def _solver_device(model: SpinForSequenceClassification) -> torch.device:
     return device if device.type in ("cpu", "cuda", "xpu") else torch.device("cpu")
 
 
-def _last_layer(taps: Sequence[Tap], recipe: Recipe, blocks: int) -> tuple[Tap, str] | None:
-    """Tap and pooling that a usual classifier would read, where they are at hand."""
-    last = [tap for tap in taps if tap.kind in ("norm", "hidden") and tap.block == blocks]
-    return (last[-1], "mean" if "mean" in recipe.poolings else recipe.poolings[0]) if last else None
-
-
 def _write_config(
     model: SpinForSequenceClassification,
     task: Task,
@@ -330,6 +326,8 @@ def _write_config(
     model.config.label2id = {name: index for index, name in enumerate(task.names)}
     model.config.class_weights = class_weights
     model.config.max_text_tokens = max_length
+    if max_length is not None:
+        tokenizer.model_max_length = max_length
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.architectures = [type(model).__name__]
     model.num_labels = len(task.names)

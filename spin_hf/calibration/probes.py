@@ -176,6 +176,11 @@ def _probe(
     )
 
 
+def probe_bytes(width: int, rows: int, fits: int) -> int:
+    """Memory that :func:`fit_probe` needs: the features once, and twice more for each fit (by rows and by columns)."""
+    return 4 * width * rows * (1 + 2 * fits)
+
+
 def take(x: Tensor, rows: np.ndarray) -> Tensor:
     """Some rows, ascending; without a copy where they follow one another."""
     start, stop = int(rows[0]), int(rows[-1]) + 1

@@ -28,8 +28,8 @@ class CalibrationResult:
         chosen: the candidate written into the model.
         best: the winner; another than ``chosen`` only with ``prefer="compact"``.
         candidates: all that were tried, highest score first.
-        baselines: score of ``"last layer"`` (a dense head on the last block, after the final norm where there is one;
-            absent if that tap was left out) and of ``"best probe"``.
+        baselines: score of ``"last layer"`` (a dense head on the last block, after the final norm where there is one)
+            and of ``"best probe"`` (within the limits on features and depth, where there is one).
         metric: name of the metric of all scores.
         kept: neurons kept by tap and pooling, as in ``SpinConfig.features``.
         data: rows, labels and texts cut to the window.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,14 @@ Fitted = tuple[Candidate, list[Probe]]
 
 
 def probe_all(
-    store: FeatureStore, data: Labelled, recipe: Recipe, tol: float, fits: Fits, ranks: Ranks, show: Show
+    taps: Sequence[Tap],
+    store: FeatureStore,
+    data: Labelled,
+    recipe: Recipe,
+    tol: float,
+    fits: Fits,
+    ranks: Ranks,
+    show: Show,
 ) -> list[list[Probe]]:
     """For each (tap, pooling) its probes, best first: one, or one per C where all taps must share it.
 
@@ -43,7 +50,7 @@ def probe_all(
         return [probe for probe in (ranked if recipe.shared_C else ranked[:1]) if probe.num_features]
 
     settings = recipe.Cs, recipe.raw, recipe.shared_C, tol
-    places = [(tap, pooling) for tap in store.widths for pooling in store.poolings]
+    places = [(tap, pooling) for tap in taps for pooling in store.poolings]
     with show.bar("Probing", len(places)) as advance:
         found = ranks.map(
             places,
@@ -141,7 +148,7 @@ def conclude(
     prefer: str,
     tol: float,
     seed: int,
-    last: tuple[Tap, str] | None,
+    last: Tap,
 ) -> Conclusion:
     """Choose among the candidates and fit the chosen one on the final training rows.
 
@@ -149,7 +156,7 @@ def conclude(
         prefer: ``"score"`` or ``"compact"``, as in :func:`spin_hf.spin_calibrate`.
         tol: relative duality gap of the final head.
         seed: of the bootstrap.
-        last: tap and pooling of the baseline on the last layer, if it is at hand.
+        last: the tap of the baseline on the last layer.
     """
     every, truth = [candidate for candidate, _ in tried], fitter.data.labels[fitter.data.eval_rows]
     metric = fitter.data.task.metric
@@ -165,8 +172,9 @@ def conclude(
             final = _finish(fitter, chosen, tried, tol)
         best = final.candidate
     ranked = sorted((final.candidate if c is chosen else c for c in every), key=lambda c: c.rank)
-    baselines = {} if last is None else {f"last layer ({last[1]})": fitter.fit_tap(*last)[0]}
-    baselines["best probe"] = max(of_tap[0].score for of_tap in probes)
+    pooling = "mean" if "mean" in fitter.store.poolings else fitter.store.poolings[0]
+    within = [c.score for c in every if c.probe is not None] or [of_tap[0].score for of_tap in probes]
+    baselines = {f"last layer ({pooling})": fitter.fit_tap(last, pooling)[0], "best probe": max(within)}
     confidence = None
     if fitter.data.task.problem_type != "regression":
         confidence = Confidence.measure(_held_out_logits(fitter, chosen, tried, final, tol), truth, seed=seed)
