@@ -74,11 +74,12 @@ def build_backbone(config: SpinConfig) -> PreTrainedModel:
             "pretrained model."
         )
     backbone_config = unsealed(config)
-    trust: dict[str, Any] = {"trust_remote_code": remote_code_is_trusted()}
+    # In the dtype that the whole model is made in, and not in the one the nested config remembers.
+    options: dict[str, Any] = {"trust_remote_code": remote_code_is_trusted(), "dtype": torch.get_default_dtype()}
     if remote_code_is_trusted() and type(backbone_config) not in MODEL_MAPPING:
-        trust["code_revision"] = config.backbone_revision  # the code that was read when the model was made, not newer
+        options["code_revision"] = config.backbone_revision  # the code that was read when the model was made, not newer
     try:
-        backbone: PreTrainedModel = _auto_class(backbone_config).from_config(backbone_config, **trust)
+        backbone: PreTrainedModel = _auto_class(backbone_config).from_config(backbone_config, **options)
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"No backbone can be built from config.json: {error}") from error
     check_size(backbone)
@@ -131,7 +132,7 @@ def fitting_backbone(config: SpinConfig, given: Any, kwargs: dict[str, Any]) -> 
     if blocks > depth:
         truncate(backbone, layout, depth)
     known, own = config.backbone_fingerprint or {}, dtype_name(backbone)
-    dtype = own if own in known else next(iter(known), own)
+    dtype = own if own in known else known.get("dtype", own)
     actual = fingerprint(backbone, layout, dtype)
     if actual != known.get(dtype):
         raise CheckpointError(
@@ -139,6 +140,10 @@ def fitting_backbone(config: SpinConfig, given: Any, kwargs: dict[str, Any]) -> 
             f"weights of {found} have {actual[:12]}. They are another model or revision, or were trained since. Pass "
             "the right one with backbone=, or calibrate a head for this one."
         )
+    if not isinstance(given, nn.Module) and _asked_dtype(kwargs) not in ("auto", own):
+        for tensor in backbone.state_dict(keep_vars=True).values():  # what is not stored stays float32, as on loading
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(getattr(torch, _asked_dtype(kwargs)))
     return backbone
 
 
@@ -162,14 +167,22 @@ def _load_fitting(config: SpinConfig, given: Any, kwargs: dict[str, Any]) -> Pre
                 'backbone="folder, id or a loaded model").'
             )
         given, options["revision"] = config.backbone_id, config.backbone_revision
-    asked = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
-    asked = str(asked).removeprefix("torch.")
-    stored = next(iter(config.backbone_fingerprint or {}), None)
+    asked, known = _asked_dtype(kwargs), config.backbone_fingerprint or {}
     # In the dtype it was read in, as a full checkpoint would have stored it; another is reached from there, unless it
     # is one whose fingerprint is known.
-    options["dtype"] = asked if asked in (config.backbone_fingerprint or {}) else stored
-    backbone = load_backbone(str(given), options)
-    return backbone if asked in ("auto", options["dtype"]) else backbone.to(getattr(torch, asked))
+    options["dtype"] = asked if asked in known else known.get("dtype", "auto")
+    try:
+        return load_backbone(str(given), options)
+    except OSError as error:
+        place = f"{given} at {options['revision']}" if options.get("revision") else given
+        raise OSError(
+            f"{place}, the backbone of this head-only checkpoint, can't be loaded: {error} If it lies elsewhere, pass "
+            'from_pretrained(..., backbone="folder, id or a loaded model").'
+        ) from error
+
+
+def _asked_dtype(kwargs: dict[str, Any]) -> str:
+    return str(kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto").removeprefix("torch.")
 
 
 def _shared(given: Any) -> PreTrainedModel:

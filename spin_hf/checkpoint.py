@@ -187,9 +187,10 @@ class Weights:
 
 
 def fingerprints(backbone: PreTrainedModel, layout: Layout) -> dict[str, str]:
-    """The backbone's :func:`fingerprint` in its own dtype, and as it is when loaded in bfloat16 or float16."""
+    """Its ``dtype`` and the :func:`fingerprint` in it; if it is float32, also what loading it in fewer bits gives."""
     own = dtype_name(backbone)
-    return {name: fingerprint(backbone, layout, name) for name in dict.fromkeys((own, *_NARROWER))}
+    names = (own, *_NARROWER) if own == "float32" else (own,)
+    return {"dtype": own, **{name: fingerprint(backbone, layout, name) for name in names}}
 
 
 def fingerprint(backbone: PreTrainedModel, layout: Layout, dtype: str) -> str:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
-from .backbone import HUB_ARGUMENTS, fitting_backbone
+from .backbone import HUB_ARGUMENTS, fitting_backbone, pinned_revision
 from .checkpoint import FORMS, Form, Weights, amend_config, dtype_name, fingerprints, is_own, staged
 from .configuration_spin import SpinConfig, unsealed
 from .taps import Layout, TapError, model_device
@@ -214,7 +214,7 @@ class SpinPreTrainedModel(PreTrainedModel):
         upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
         changes: dict[str, Any] = {"form": None, "backbone_fingerprint": None, "auto_map": None}
         if form == "head":
-            changes |= {"form": form, "backbone_fingerprint": self._proved_fingerprint(upload.get("token"))}
+            changes |= {"form": form, **self._proved_backbone(upload.get("token"))}
         with staged(save_directory) as folder:
             if form == "head":
                 self._write_head(folder, *args, **kwargs)
@@ -260,8 +260,8 @@ class SpinPreTrainedModel(PreTrainedModel):
         self.config.architectures, self.config.dtype = [type(self).__name__], dtype_name(self._backbone)
         self.config.save_pretrained(folder)
 
-    def _proved_fingerprint(self, token: str | bool | None) -> dict[str, str]:
-        """The backbone's fingerprint, after loading it again from where a head-only checkpoint sends its readers."""
+    def _proved_backbone(self, token: str | bool | None) -> dict[str, Any]:
+        """Fingerprint and commit, after loading the backbone again from where the checkpoint will send its readers."""
         source = self.config.backbone_id
         if source is None:
             raise CheckpointError(
@@ -276,10 +276,11 @@ class SpinPreTrainedModel(PreTrainedModel):
         config = copy.copy(self.config)
         config.backbone_fingerprint = fingerprints(self._backbone, Layout.from_dict(config.layout))
         runs_remote_code = type(self._backbone).__module__.startswith("transformers_modules.")
+        hub = {} if token is None else {"token": token}
         with trusting_remote_code(runs_remote_code):
-            fitting_backbone(config, source if folder else None, {} if token is None else {"token": token})
-        found: dict[str, str] = config.backbone_fingerprint
-        return found
+            fitting_backbone(config, source if folder else None, hub)
+        revision = pinned_revision(source, {**hub, "revision": config.backbone_revision})
+        return {"backbone_fingerprint": config.backbone_fingerprint, "backbone_revision": revision}
 
     @property
     def _backbone(self) -> PreTrainedModel:
