@@ -95,7 +95,7 @@ class SpinModel(SpinPreTrainedModel):
         self.standardizer = Standardizer(config.num_features)
         self.groups: list[tuple[Tap, list[tuple[str, int, int]]]] = []
         self._hooks: list[Any] = []
-        self._install_hooks()
+        self.install_hooks()
         self.post_init()
         self.freeze_backbone()
 
@@ -132,8 +132,6 @@ class SpinModel(SpinPreTrainedModel):
         if order != list(range(len(groups))):
             raise ValueError("Feature groups must be sorted by block, kind and pooling.")
         truncate(self.backbone, self.layout, depth)
-        for hook in self._hooks:
-            hook.remove()
         self.config.features = [
             {"tap": str(group.tap), "pooling": group.pooling, "count": len(group.neurons)} for group in groups
         ]
@@ -143,9 +141,12 @@ class SpinModel(SpinPreTrainedModel):
         standardizer.scale.copy_(scale)
         self.standardizer = standardizer.to(model_device(self.backbone))
         self.config.backbone_config = self.backbone.config
-        self._install_hooks()
+        self.install_hooks()
 
-    def _install_hooks(self) -> None:
+    def install_hooks(self) -> None:
+        """Read the kept taps of the backbone's modules as they are now, after a quantiser replaced them, say."""
+        for hook in self._hooks:
+            hook.remove()
         self.groups = _group_by_tap(self.config)
         self._hooks = attach(self.backbone, self.layout, [tap for tap, _ in self.groups])
 

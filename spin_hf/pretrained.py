@@ -21,6 +21,7 @@ from transformers.utils import logging
 from .backbone import HUB_ARGUMENTS, fitting_backbone, pinned_revision
 from .checkpoint import FORMS, Form, Weights, amend_config, dtype_name, fingerprints, is_own, staged
 from .configuration_spin import SpinConfig, unsealed
+from .quantization import saving_quantized, sparing_head
 from .taps import Layout, TapError, model_device
 from .trust import CheckpointError, backed_by, remote_code_is_trusted, trusting_remote_code
 
@@ -117,6 +118,8 @@ class SpinPreTrainedModel(PreTrainedModel):
     def _from_whole(
         cls, source: Any, weights: Weights | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = sparing_head(kwargs["quantization_config"])
         try:
             with nullcontext() if weights is None else backed_by(weights.bytes):
                 model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
@@ -126,6 +129,8 @@ class SpinPreTrainedModel(PreTrainedModel):
             if "ignore_mismatched_sizes" not in str(error):
                 raise
             raise CheckpointError(f"Config and weights of {source} are not of one checkpoint: {error}") from error
+        if getattr(model, "hf_quantizer", None) is not None:  # some put their own modules in place of the hooked ones
+            getattr(model, "spin", model).install_hooks()
         if missing := sorted(info["missing_keys"]):
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise CheckpointError(f"{source} lacks {', '.join(missing[:5])}{more}. Save the model again.")
@@ -219,7 +224,8 @@ class SpinPreTrainedModel(PreTrainedModel):
             if form == "head":
                 self._write_head(folder, *args, **kwargs)
             else:
-                super().save_pretrained(folder, *args, **kwargs)
+                with saving_quantized(self, self._backbone):
+                    super().save_pretrained(folder, *args, **kwargs)
             if not (folder / "config.json").exists():  # a process that does not write
                 return
             if form == "self_contained" or self.is_remote_code():
