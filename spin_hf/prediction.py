@@ -12,6 +12,7 @@ from sklearn import metrics
 from transformers import PreTrainedTokenizerBase
 
 from .calibration.extraction import check_tokenizer, encode, pad, plan_batches, window
+from .calibration.fingerprint import check_same_tokenizer
 from .modeling_spin import NotCalibratedError, SpinForSequenceClassification
 from .taps import model_device
 
@@ -65,6 +66,7 @@ def predict(
     if not model.calibrated:
         raise NotCalibratedError("This model was never calibrated; run spin_calibrate first.")
     check_tokenizer(tokenizer, model)
+    check_same_tokenizer(tokenizer, model.config.tokenizer)
     limit = model.config.max_text_tokens or window(tokenizer, model)
     encoded = encode(tokenizer, list(texts), None if pairs is None else list(pairs), limit)
     model.eval()

@@ -43,11 +43,12 @@ for folder in folders:
     classify = transformers.pipeline("text-classification", folder, device="cpu", model_kwargs=extra, **options)
     assert type(classify.model) is type(model)
     assert classify(["a lovely film"])[0]["label"] in model.config.label2id
-    body = transformers.AutoModel.from_pretrained(folder, **options, **extra)
     with torch.no_grad():
         found[folder] = model(**batch).logits
         assert (classify.model(**batch).logits == found[folder]).all()
-        assert (body(**batch).features == model(**batch, output_features=True).features).all()
+        if "quantised" not in folder:  # torchao's metadata knows the tensors by the classifier's names alone
+            body = transformers.AutoModel.from_pretrained(folder, **options, **extra)
+            assert (body(**batch).features == model(**batch, output_features=True).features).all()
     if place == "without":  # whoever has only the code of the checkpoint can hand it on
         model.save_pretrained(folder + "-again")
         again = transformers.AutoModelForSequenceClassification.from_pretrained(folder + "-again", **options)

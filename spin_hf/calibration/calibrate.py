@@ -16,6 +16,7 @@ from ..modeling_spin import FeatureGroup, SpinForSequenceClassification
 from ..taps import Tap, model_device, tap_width
 from .errors import CalibrationError
 from .extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
+from .fingerprint import tokenizer_fingerprint
 from .folds import check_sample_weight, prepare
 from .heads import HeadFitter
 from .probes import Labelled, Probe, fit_probe
@@ -383,5 +384,6 @@ def _write_config(
     model.config.class_weights = class_weights
     model.config.max_text_tokens = max_length
     model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.tokenizer = tokenizer_fingerprint(tokenizer)
     model.config.architectures = [type(model).__name__]
     model.num_labels = len(task.names)
