@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .backbone import HUB_ARGUMENTS, fitting_backbone, pinned_revision
 from .checkpoint import FORMS, Form, Weights, amend_config, dtype_name, fingerprints, is_own, staged
 from .configuration_spin import SpinConfig, unsealed
-from .quantization import saving_quantized, sparing_head
+from .quantization import is_quantized, saving_quantized, sparing_head
 from .taps import Layout, TapError, model_device
 from .trust import CheckpointError, backed_by, remote_code_is_trusted, trusting_remote_code
 
@@ -129,7 +129,7 @@ class SpinPreTrainedModel(PreTrainedModel):
             if "ignore_mismatched_sizes" not in str(error):
                 raise
             raise CheckpointError(f"Config and weights of {source} are not of one checkpoint: {error}") from error
-        if getattr(model, "hf_quantizer", None) is not None:  # some put their own modules in place of the hooked ones
+        if is_quantized(model):  # which may have replaced the modules that the hooks were on
             getattr(model, "spin", model).install_hooks()
         if missing := sorted(info["missing_keys"]):
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -224,11 +224,13 @@ class SpinPreTrainedModel(PreTrainedModel):
             if form == "head":
                 self._write_head(folder, *args, **kwargs)
             else:
+                if is_quantized(self):  # transformers can't turn back what its quantisers did on loading
+                    kwargs.setdefault("save_original_format", False)
                 with saving_quantized(self, self._backbone):
                     super().save_pretrained(folder, *args, **kwargs)
             if not (folder / "config.json").exists():  # a process that does not write
                 return
-            if form == "self_contained" or self.is_remote_code():
+            if form == "self_contained" or self._auto_class is not None:
                 custom_object_save(self, folder)
                 changes["auto_map"] = _AUTO_MAP
             amend_config(folder, {**changes, "head_checksum": Weights.in_folder(folder).checksum()})

@@ -27,11 +27,16 @@ def _is_bitsandbytes(values: dict[str, Any]) -> bool:
     return any(name.removeprefix("_") in ("load_in_8bit", "load_in_4bit") for name in values)
 
 
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether transformers loaded this very model quantised, and not only a part of it."""
+    return getattr(model, "hf_quantizer", None) is not None
+
+
 @contextmanager
 def saving_quantized(model: PreTrainedModel, backbone: PreTrainedModel) -> Iterator[None]:
     """Let ``model`` be saved as its quantised ``backbone`` would be: in the quantiser's format, told by the config."""
     quantizer = getattr(backbone, "hf_quantizer", None)
-    if quantizer is None or getattr(model, "hf_quantizer", None) is not None:
+    if quantizer is None or is_quantized(model):
         yield
         return
     kept = getattr(quantizer, "modules_to_not_convert", None) or []
