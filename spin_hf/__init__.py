@@ -6,10 +6,11 @@ Importing this package registers its models with transformers' Auto classes.
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from .calibration import CalibrationResult, spin_calibrate
-from .configuration_spin import CheckpointError, SpinConfig
+from .configuration_spin import SpinConfig
 from .modeling_spin import NotCalibratedError, SpinForSequenceClassification, SpinModel
 from .taps import TapError
 from .training import lora_targets
+from .trust import CheckpointError
 
 AutoConfig.register(SpinConfig.model_type, SpinConfig, exist_ok=True)
 AutoModel.register(SpinConfig, SpinModel, exist_ok=True)

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging
+
+from .trust import CheckpointError as CheckpointError
+from .trust import check_values, checked_features, remote_code_is_trusted, trusting_remote_code
+
+logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not ours, too new, inconsistent, or that needs trust the caller did not give."""
-
-
-# Trust in remote code is the caller's alone and lasts for one call; no file can grant it.
-_trust: ContextVar[bool] = ContextVar("spin_hf_trust_remote_code", default=False)
-
-
-@contextmanager
-def trusting_remote_code(trust: bool) -> Iterator[None]:
-    """Trust, or do not, for the length of a call."""
-    token = _trust.set(trust)
-    try:
-        yield
-    finally:
-        _trust.reset(token)
-
-
-def remote_code_is_trusted() -> bool:
-    """Whether the caller of the present call gave trust."""
-    return _trust.get()
 
 
 class SpinConfig(PreTrainedConfig):
@@ -52,11 +33,17 @@ class SpinConfig(PreTrainedConfig):
         max_text_tokens: tokens per text that calibration used; longer texts were cut.
         logit_temperature: what the model divides its logits by, so that probabilities match how often they hold.
         gate_penalty: cost of an open gate in the training loss; ``None`` for a model without gates.
-        spin_format: version of this format.
+        tokenizer: fingerprint of the tokenizer that calibration used.
+        form: the checkpoint's form if its weights are not whole: ``"head"``.
+        head_checksum: SHA-256 of the head's tensors in the checkpoint's file.
+        backbone_fingerprint: of a head-only checkpoint, SHA-256 of the backbone's weights in each dtype.
+        spin_format: version of this format. Keys that a later version adds to it are dropped with a warning.
+
+    A remote-code backbone's config is kept as it is written until the model is loaded with ``trust_remote_code=True``.
 
     Raises:
-        CheckpointError: for a newer format, an unknown backbone type, a remote-code backbone without trust,
-            or a ``logit_temperature`` that is not a positive number.
+        CheckpointError: for a newer format, an unknown backbone type, a ``logit_temperature`` that is not a positive
+            number, or values that :func:`check_values` refuses.
     """
 
     model_type = "spin"
@@ -73,10 +60,16 @@ class SpinConfig(PreTrainedConfig):
         max_text_tokens: int | None = None,
         logit_temperature: float = 1.0,
         gate_penalty: float | None = None,
+        tokenizer: dict[str, Any] | None = None,
+        form: str | None = None,
+        head_checksum: str | None = None,
+        backbone_fingerprint: dict[str, str] | None = None,
         spin_format: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
-        if spin_format > FORMAT_VERSION:
+        given = {name: value for name, value in kwargs.items() if not name.endswith("_implementation")}
+        check_values({**given, "backbone_id": backbone_id, "class_weights": class_weights, "layout": layout})
+        if not isinstance(spin_format, int) or spin_format > FORMAT_VERSION:
             raise CheckpointError(
                 f"This checkpoint has format {spin_format}, this version of spin_hf reads up to {FORMAT_VERSION}. "
                 "Update it: pip install -U spin_hf."
@@ -85,14 +78,20 @@ class SpinConfig(PreTrainedConfig):
         self.backbone_id = backbone_id
         self.backbone_revision = backbone_revision
         if isinstance(backbone_config, dict):
-            backbone_config = _config_from_dict(backbone_config, backbone_id, backbone_revision)
+            backbone_config = _config_from_dict(backbone_config, backbone_id)
         self.backbone_config: PreTrainedConfig | None = backbone_config
+        if remote_code_is_trusted():
+            self.backbone_config = unsealed(self)
         self.layout = layout
-        self.features = [_checked_entry(entry) for entry in features or []]
+        self.features = checked_features(features or [])
         self.class_weights = class_weights
         self.max_text_tokens = max_text_tokens
         self.logit_temperature = _checked_temperature(logit_temperature)
         self.gate_penalty = gate_penalty
+        self.tokenizer = tokenizer
+        self.form = form
+        self.head_checksum = head_checksum
+        self.backbone_fingerprint = backbone_fingerprint
         attention = kwargs.pop("attn_implementation", None)  # the backbone's, as the wrapper has none
         if attention is not None and isinstance(self.backbone_config, PreTrainedConfig):
             self.backbone_config._attn_implementation = attention
@@ -124,37 +123,91 @@ class SpinConfig(PreTrainedConfig):
             config: SpinConfig = super().from_pretrained(*args, **kwargs)
             return config
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """What a file says, and what the caller says. Only the caller can choose an attention kernel, or grant trust.
 
-def _config_from_dict(values: dict[str, Any], source: str | None, revision: str | None) -> PreTrainedConfig:
+        Raises:
+            CheckpointError: see the class.
+        """
+        values = dict(config_dict)
+        check_values(values)
+        if values.get("spin_format", FORMAT_VERSION) == FORMAT_VERSION:
+            if not cls._auto_class:  # this class was not loaded from the checkpoint's files, so they do not matter
+                values.pop("auto_map", None)
+            if unknown := sorted(set(values) - _known_keys()):
+                logger.warning_once(
+                    f"config.json holds {', '.join(unknown)}, which this version of spin_hf does not know; left out. "
+                    "If a newer version wrote it, update: pip install -U spin_hf."
+                )
+            values = {name: value for name, value in values.items() if name not in unknown}
+        return super().from_dict(values, **kwargs)
+
+
+def _known_keys() -> set[str]:
+    own = inspect.signature(SpinConfig.__init__).parameters
+    written_by_others = ("quantization_config", "pad_token_id", "num_labels", "torch_dtype", "_name_or_path")
+    return {*own, *PreTrainedConfig().to_dict(), *written_by_others, "name_or_path", "_commit_hash", "auto_map"}
+
+
+class SealedConfig(PreTrainedConfig):
+    """The values of a remote-code backbone's config, whose class was not loaded, since nobody gave trust so far."""
+
+    def __init__(self, values: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.values = dict(values or {})
+        self.model_type = self.values.get("model_type", "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"transformers_version": None, **self.values}
+
+    to_diff_dict = to_dict
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__.get("values", {})
+        if name in values:
+            return values[name]
+        raise AttributeError(name)
+
+
+def unsealed(config: SpinConfig) -> PreTrainedConfig | None:
+    """The backbone's config as an object of its own class; of a remote-code backbone by the caller's trust alone.
+
+    Raises:
+        CheckpointError: without that trust.
+    """
+    nested = config.backbone_config
+    values = getattr(nested, "values", None)
+    if type(nested).__name__ != SealedConfig.__name__ or not isinstance(values, dict):
+        return nested
+    source, auto_map = config.backbone_id, values["auto_map"]
+    if not remote_code_is_trusted():
+        classes = [auto_map[name] for name in ("AutoConfig", "AutoModel") if name in auto_map]
+        places = {str(name.partition("--")[0] if "--" in name else source) for name in classes}
+        raise CheckpointError(
+            f"The backbone ({values.get('model_type')!r}) runs code from {' and '.join(sorted(places))}. Read that "
+            "code, and if you trust it, pass trust_remote_code=True to this call."
+        )
+    config_class = get_class_from_dynamic_module(auto_map["AutoConfig"], source, revision=config.backbone_revision)
+    found: PreTrainedConfig = config_class.from_dict(dict(values))
+    found.name_or_path = source  # where AutoModel looks for the model's code
+    return found
+
+
+def _config_from_dict(values: dict[str, Any], source: str | None) -> PreTrainedConfig:
+    check_values(values, "config.json: backbone_config")
     model_type = values.get("model_type")
-    if model_type in CONFIG_MAPPING:
-        return CONFIG_MAPPING[model_type].from_dict(dict(values))
-    auto_map = values.get("auto_map") or {}
-    remote_class = auto_map.get("AutoConfig")
-    if remote_class is None or source is None:
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        try:
+            return CONFIG_MAPPING[model_type].from_dict(dict(values))
+        except Exception as error:  # transformers checks each field in its own way
+            raise CheckpointError(f"The backbone's config ({model_type!r}) can't be read: {error}") from error
+    if source is None or "AutoConfig" not in (values.get("auto_map") or {}):
         raise CheckpointError(
             f"The backbone's model_type is {model_type!r}, which this version of transformers does not know. "
             "Update transformers, or check that the checkpoint is whole."
         )
-    if not remote_code_is_trusted():
-        classes = [auto_map[name] for name in ("AutoConfig", "AutoModel") if name in auto_map]
-        places = {name.partition("--")[0] if "--" in name else source for name in classes}
-        raise CheckpointError(
-            f"The backbone ({model_type!r}) runs code from {' and '.join(sorted(places))}. Read that code, and if you "
-            "trust it, pass trust_remote_code=True to this call."
-        )
-    config_class = get_class_from_dynamic_module(remote_class, source, revision=revision)
-    config: PreTrainedConfig = config_class.from_dict(dict(values))
-    config.name_or_path = source  # where AutoModel looks for the model's code
-    return config
-
-
-def _checked_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    if set(entry) != {"tap", "pooling", "count"} or not isinstance(entry["count"], int) or entry["count"] < 1:
-        raise CheckpointError(
-            f"An entry of `features` should look like {{'tap': 'ffn.3', 'pooling': 'mean', 'count': 120}}; got {entry}."
-        )
-    return entry
+    return SealedConfig(values)
 
 
 def _checked_temperature(value: Any) -> float:

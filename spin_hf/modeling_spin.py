@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,19 +14,17 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .backbone import HUB_ARGUMENTS, build_backbone, check_rebuilds, load_backbone
-from .configuration_spin import CheckpointError, SpinConfig, remote_code_is_trusted, trusting_remote_code
+from .backbone import build_backbone, check_rebuilds, load_backbone, pinned_revision
+from .configuration_spin import SpinConfig
 from .depth import truncate
 from .drift import sample, warn_if_moved
 from .gates import Gates
 from .pooling import align_left, pool
+from .pretrained import NotCalibratedError as NotCalibratedError
+from .pretrained import SpinPreTrainedModel
 from .taps import Layout, Tap, TapError, attach, find_layout, model_device, record
 
 logger = logging.get_logger(__name__)
-
-
-class NotCalibratedError(RuntimeError):
-    """The model has no features yet, so it can't predict."""
 
 
 class FeatureGroup(NamedTuple):
@@ -80,91 +78,6 @@ class Standardizer(nn.Module):
         return (features - self.mean) / self.scale
 
 
-class SpinPreTrainedModel(PreTrainedModel):
-    """Loading, saving and dtype rules shared by both models."""
-
-    config_class = SpinConfig
-    base_model_prefix = "spin"
-    main_input_name = "input_ids"
-    # Not all of the standardizer: its indices would become floats.
-    _keep_in_fp32_modules_strict = ["score", "gates", "standardizer.mean", "standardizer.scale"]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """A fresh head starts at zero, fresh gates open; everything else is loaded, or the backbone's own business."""
-        if module is getattr(self, "score", None):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, Gates):
-            module.open()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, trust_remote_code: bool | None = None, **kwargs: Any
-    ) -> Any:
-        """Load a saved model. Nothing but this checkpoint is read.
-
-        Args:
-            pretrained_model_name_or_path: a folder or a Hub id.
-            trust_remote_code: allow a backbone whose code lives in its repository; for this call only.
-
-        Raises:
-            CheckpointError: for a folder of another model, a newer format, missing tensors of the features, or a
-                remote-code backbone without trust.
-        """
-        with trusting_remote_code(bool(trust_remote_code)):
-            if kwargs.get("config") is None:
-                config, kwargs = cls._load_config(pretrained_model_name_or_path, kwargs)
-                kwargs["config"] = config
-            elif (attention := kwargs.pop("attn_implementation", None)) is not None:
-                kwargs["config"].backbone_config._attn_implementation = attention
-            wants_info = kwargs.pop("output_loading_info", False)
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        own = ("standardizer.", "gates.")
-        if missing := sorted(name for name in info["missing_keys"] if any(part in name for part in own)):
-            raise CheckpointError(f"{pretrained_model_name_or_path} lacks {', '.join(missing)}. Save the model again.")
-        model.freeze_backbone()  # loading replaces the parameters that __init__ froze
-        getattr(model, "spin", model).remember_backbone()
-        return (model, info) if wants_info else model
-
-    @classmethod
-    def _load_config(cls, source: Any, kwargs: dict[str, Any]) -> tuple[SpinConfig, dict[str, Any]]:
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        values, _ = SpinConfig.get_config_dict(source, **hub)
-        if values.get("model_type") != SpinConfig.model_type:
-            raise CheckpointError(
-                f"{source} holds a {values.get('model_type', 'unnamed')!r} model, not a SPIN checkpoint. To make a "
-                f"classifier from it, call SpinForSequenceClassification.from_backbone({str(source)!r}, labels=[...])."
-            )
-        weights = {name: kwargs.pop(name) for name in _WEIGHT_ARGUMENTS if name in kwargs}
-        config, kwargs = SpinConfig.from_pretrained(
-            source, return_unused_kwargs=True, trust_remote_code=remote_code_is_trusted(), **kwargs
-        )
-        return config, {**kwargs, **weights}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move or cast, but leave the head's numbers exactly as they are in float32 (``.half()``, ``.to(bf16)``)."""
-        own = self._float32_tensors()
-        before = {name: tensor.data for name, tensor in own.items()}
-        super()._apply(fn, recurse)
-        for name, tensor in self._float32_tensors().items():
-            if tensor.dtype != torch.float32 and before[name].dtype == torch.float32:
-                tensor.data = before[name].to(tensor.device)
-        return self
-
-    def _float32_tensors(self) -> dict[str, Tensor]:
-        found = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        return {
-            name: tensor
-            for name, tensor in found.items()
-            if tensor.is_floating_point() and not {"score", "gates", "standardizer"}.isdisjoint(name.split(".")[:2])
-        }
-
-
-_WEIGHT_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # a config would take these for its own fields
-
-
 class SpinModel(SpinPreTrainedModel):
     """A backbone whose output is a vector of a few pooled, standardised neurons.
 
@@ -184,7 +97,7 @@ class SpinModel(SpinPreTrainedModel):
         self.standardizer = Standardizer(config.num_features)
         self.groups: list[tuple[Tap, list[tuple[str, int, int]]]] = []
         self._hooks: list[Any] = []
-        self._install_hooks()
+        self.install_hooks()
         self._weights_seen: dict[str, Tensor] | None = None
         self.register_state_dict_pre_hook(warn_if_moved)
         self.post_init()
@@ -223,8 +136,6 @@ class SpinModel(SpinPreTrainedModel):
         if order != list(range(len(groups))):
             raise ValueError("Feature groups must be sorted by block, kind and pooling.")
         truncate(self.backbone, self.layout, depth)
-        for hook in self._hooks:
-            hook.remove()
         self.config.features = [
             {"tap": str(group.tap), "pooling": group.pooling, "count": len(group.neurons)} for group in groups
         ]
@@ -234,9 +145,12 @@ class SpinModel(SpinPreTrainedModel):
         standardizer.scale.copy_(scale)
         self.standardizer = standardizer.to(model_device(self.backbone))
         self.config.backbone_config = self.backbone.config
-        self._install_hooks()
+        self.install_hooks()
 
-    def _install_hooks(self) -> None:
+    def install_hooks(self) -> None:
+        """Read the kept taps of the backbone's modules as they are now, after a quantiser replaced them, say."""
+        for hook in self._hooks:
+            hook.remove()
         self.groups = _group_by_tap(self.config)
         self._hooks = attach(self.backbone, self.layout, [tap for tap, _ in self.groups])
 
@@ -251,7 +165,7 @@ class SpinModel(SpinPreTrainedModel):
         finally:
             for hook in hooks:
                 hook.remove()
-            self._install_hooks()
+            self.install_hooks()
 
     def remember_backbone(self) -> None:
         """Take the backbone's present weights for those that the neurons were chosen on.
@@ -462,15 +376,17 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
                 raise ValueError(f"{', '.join(kwargs)} can only be used when the backbone is loaded here, by its name.")
             model: PreTrainedModel = backbone
             source = getattr(backbone, "name_or_path", "") or None
+            revision = getattr(model.config, "_commit_hash", None)
         else:
             model, source = load_backbone(str(backbone), kwargs), str(backbone)
+            revision = pinned_revision(source, kwargs)
         if isinstance(model, SpinPreTrainedModel):
             raise ValueError(f"{source or type(model).__name__} is a SPIN model already; load it with from_pretrained.")
         check_rebuilds(model)
         config = SpinConfig(
             backbone_config=model.config,
             backbone_id=source,
-            backbone_revision=kwargs.get("revision") or getattr(model.config, "_commit_hash", None),
+            backbone_revision=revision,
             layout=find_layout(model, blocks=blocks, ffn=ffn).to_dict(),
             id2label=dict(enumerate(names)),
             label2id={name: index for index, name in enumerate(names)},
@@ -556,20 +472,6 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         if self.config.problem_type == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), pos_weight=weight)
         return F.cross_entropy(logits, labels.reshape(-1).long(), weight=weight)
-
-    @property
-    def calibrated(self) -> bool:
-        return bool(self.config.features)
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save config and weights. A model that was never calibrated is refused, since it could not be used.
-
-        Raises:
-            NotCalibratedError: before anything is written.
-        """
-        if not self.calibrated:
-            raise NotCalibratedError("This model was never calibrated; run spin_calibrate before saving it.")
-        return super().save_pretrained(*args, **kwargs)
 
     def freeze_backbone(self) -> None:
         """See :meth:`SpinModel.freeze_backbone`."""

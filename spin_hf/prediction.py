@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from .calibration.confidence import expected_calibration_error, text_confidence
 from .calibration.errors import ConfidenceError
 from .calibration.extraction import Encoded, check_tokenizer, encode, pad, plan_batches, window
+from .calibration.fingerprint import check_same_tokenizer
 from .calibration.task import METRICS
 from .modeling_spin import NotCalibratedError, SpinForSequenceClassification
 from .taps import model_device
@@ -97,6 +98,7 @@ def encode_for(
     if not model.calibrated:
         raise NotCalibratedError("This model was never calibrated; run spin_calibrate first.")
     check_tokenizer(tokenizer, model)
+    check_same_tokenizer(tokenizer, model.config.tokenizer)
     limit = model.config.max_text_tokens or window(tokenizer, model)
     return encode(tokenizer, list(texts), None if pairs is None else list(pairs), limit)
 

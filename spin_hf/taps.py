@@ -219,6 +219,14 @@ def attach(backbone: nn.Module, layout: Layout, taps: Sequence[Tap]) -> list[Rem
     ]
 
 
+def remove_hooks(backbone: nn.Module) -> None:
+    """Take the reading hooks off a copy of a backbone, which came with it."""
+    for module in backbone.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Read)]:
+                del hooks[key]
+
+
 class _Read:
     """Delivers a module's activations to the recording, each call to its own tap.
 

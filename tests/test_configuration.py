@@ -4,7 +4,7 @@ import pytest
 import transformers as hf
 from builders import CONFIGS
 
-from spin_hf import CheckpointError, SpinConfig
+from spin_hf import CheckpointError, SpinConfig, SpinForSequenceClassification
 
 FEATURES = [{"tap": "ffn.1", "pooling": "max", "count": 2}, {"tap": "hidden.2", "pooling": "mean", "count": 3}]
 
@@ -110,8 +110,13 @@ def test_a_backbone_that_transformers_does_not_know():
 
 def test_a_backbone_with_remote_code_needs_the_callers_trust():
     values = {"model_type": "tiny", "auto_map": {"AutoConfig": "configuration_tiny.TinyConfig"}}
-    with pytest.raises(CheckpointError, match=r"\('tiny'\) runs code from someone/model\. .*trust_remote_code=True"):
+    with pytest.raises(CheckpointError, match="trust_remote_code = True: no file can grant trust"):
         config(backbone_config=values, trust_remote_code=True)
+    sealed = config(backbone_config=values)
+    assert sealed.to_dict()["backbone_config"] == values
+    assert SpinConfig.from_dict(sealed.to_dict()).to_dict() == sealed.to_dict()
+    with pytest.raises(CheckpointError, match=r"\('tiny'\) runs code from someone/model\. .*trust_remote_code=True"):
+        SpinForSequenceClassification(sealed)
     values["auto_map"]["AutoModel"] = "other/code--modeling_tiny.TinyModel"
     with pytest.raises(CheckpointError, match="runs code from other/code and someone/model"):
-        config(backbone_config=values)
+        SpinForSequenceClassification(config(backbone_config=values))

@@ -178,14 +178,22 @@ class TinyModel(BertModel):
 TRUST = """
 import json, os, pathlib, sys
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
 from spin_hf import CheckpointError, SpinConfig, SpinForSequenceClassification, SpinModel
 
 source, folder, batch, logits = sys.argv[1:]
 batch, logits = load_file(batch), load_file(logits)["logits"]
 
 def refused():
-    for auto in (AutoConfig, AutoModelForSequenceClassification, SpinConfig, SpinForSequenceClassification, SpinModel):
+    for config in (AutoConfig.from_pretrained(folder), SpinConfig.from_pretrained(folder)):
+        assert config.backbone_config.model_type == "tiny" and type(config.backbone_config).__name__ == "SealedConfig"
+        config.save_pretrained(folder + "-config")
+        saved = json.loads(pathlib.Path(folder + "-config", "config.json").read_text())["backbone_config"]
+        assert saved == json.loads(path.read_text())["backbone_config"]
+    still_refused()
+
+def still_refused():
+    for auto in (AutoModel, AutoModelForSequenceClassification, SpinForSequenceClassification, SpinModel):
         for options in ({}, {"trust_remote_code": False}):
             try:
                 auto.from_pretrained(folder, **options)
@@ -201,13 +209,20 @@ refused()
 granting = json.loads(original)
 granting["trust_remote_code"] = granting["backbone_config"]["trust_remote_code"] = True
 path.write_text(json.dumps(granting))
-refused()
+still_refused()
 path.write_text(original)
 assert not ran.exists()
 
 model = SpinForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
 assert ran.exists() and type(model.spin.backbone).__name__ == "TinyModel"
 assert (model(**batch).logits == logits).all()
+for auto in (AutoModelForSequenceClassification, SpinForSequenceClassification):
+    model = auto.from_pretrained(folder, trust_remote_code=True)
+    assert type(model.spin.backbone).__name__ == "TinyModel" and (model(**batch).logits == logits).all()
+assert type(AutoModel.from_pretrained(folder, trust_remote_code=True).backbone).__name__ == "TinyModel"
+classify = pipeline("text-classification", folder, trust_remote_code=True, device="cpu")
+assert type(classify.model.spin.backbone).__name__ == "TinyModel"
+assert (classify.model(**batch).logits == logits).all()
 refused()
 again = pathlib.Path(folder, "again")
 model.save_pretrained(again)
@@ -224,6 +239,7 @@ def test_remote_code_runs_by_the_callers_word_only(tmp_path, run_python, monkeyp
     bert_backbone.save_pretrained(source)
     model = calibrated(bert_backbone)
     model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     values = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**values, "model_type": "tiny", "auto_map": auto_map}))
     values = json.loads((folder / "config.json").read_text())

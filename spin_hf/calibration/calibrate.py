@@ -18,6 +18,7 @@ from ..taps import Tap, model_device, tap_width
 from .cache import open_store
 from .errors import CalibrationError
 from .extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
+from .fingerprint import tokenizer_fingerprint
 from .fits import Fits
 from .folds import check_sample_weight, prepare
 from .heads import HeadFitter
@@ -329,5 +330,6 @@ def _write_config(
     if max_length is not None:
         tokenizer.model_max_length = max_length
     model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.tokenizer = tokenizer_fingerprint(tokenizer)
     model.config.architectures = [type(model).__name__]
     model.num_labels = len(task.names)
