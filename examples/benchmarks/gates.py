@@ -3,10 +3,10 @@
 On a calibrated MiniLM with stored features, head and gates train together from the calibrated set under
 
 - ``l1``: non-negative gates with an L1 price and a projected step, as ``spin_hf.gates`` has them;
-- ``l0``: hard-concrete gates (Louizos et al. 2018, their beta, gamma and zeta), each open with a probability of 0.9 at first.
+- ``l0``: hard-concrete gates (Louizos et al. 2018, their beta, gamma and zeta), nearly open at first.
 
-Both take the rate ``--lr`` for gates and ``--head-lr`` for the head, linearly to zero. As a control, ``cut`` keeps the columns of
-the calibrated head with the largest norm, as many as ``l1`` kept. One JSON line a run, scored on validation.
+Both take the rate ``--lr`` for gates and ``--head-lr`` for the head, linearly to zero. As a control, ``cut`` keeps the
+columns of the calibrated head with the largest norm, as many as ``l1`` kept. One JSON line a run, scored on validation.
 
     python examples/benchmarks/gates.py --data DATA --set sst2
     python examples/benchmarks/gates.py --show results.jsonl
