@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as hf
-from builders import make_backbone, make_batch, make_tokenizer
+from builders import calibrated, make_backbone, make_batch, make_tokenizer
 from test_trainer import trainer
 from torch import nn
 
@@ -28,34 +28,51 @@ def torchao_int8():
     return hf.TorchAoConfig(quantization.Int8WeightOnlyConfig())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("quantised", [four_bit, eight_bit, torchao_int8], ids=lambda make: make.__name__)
-def test_calibrate_then_lora(quantised, sentiment_rows, tmp_path):
-    options = quantised()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+    pytest.mark.parametrize("quantised", [four_bit, eight_bit, torchao_int8], ids=lambda make: make.__name__),
+]
+
+
+@pytest.fixture
+def load(quantised, tmp_path):
+    """The same quantised backbone at every call."""
+    options = {"quantization_config": quantised(), "device_map": "cpu"}
     # 4 bits on the CPU take widths that are multiples of 32.
     make_backbone("llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path / "backbone")
-    model = SpinForSequenceClassification.from_backbone(
-        tmp_path / "backbone", quantization_config=options, device_map="cpu"
-    )
+    return lambda: hf.AutoModel.from_pretrained(tmp_path / "backbone", **options)
+
+
+@torch.no_grad()  # with gradients bitsandbytes computes in another precision
+def logits(model):
+    return model.eval()(**make_batch()).logits
+
+
+def test_calibrates(load, sentiment_rows):
+    model = SpinForSequenceClassification.from_backbone(load())
     down = model.spin.backbone.layers[0].mlp.down_proj
     assert (type(down), type(down.weight.data)) != (nn.Linear, torch.Tensor)
-    rows, tokenizer = (sentiment_rows["text"], sentiment_rows["label"]), make_tokenizer()
-    quick = {"progress": False, "Cs": 3, "etas": (1.0,), "poolings": ["mean"]}
-    result = spin_calibrate(model, tokenizer, rows, **quick)
+    rows = (sentiment_rows["text"], sentiment_rows["label"])
+    result = spin_calibrate(model, make_tokenizer(), rows, progress=False, Cs=3, etas=(1.0,), poolings=["mean"])
     assert result.chosen.score > 0.5
+    assert type(model.score) is nn.Linear
+    assert model.score.weight.dtype == model.spin.standardizer.mean.dtype == torch.float32
+
+
+def test_lora(load, sentiment_rows, tmp_path):
+    """Not after a forward in eval: on some CPUs bitsandbytes then repacks 4 bits, and no gradient passes any more."""
+    model = calibrated(load(), poolings=("mean",))
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=spin_hf.lora_targets(model))
     made = peft.get_peft_model(model, config)
+    before = made.base_model.model.score.modules_to_save["default"].weight.detach().clone()
     trainer(made, sentiment_rows, tmp_path / "run", max_steps=4).train()
     head = made.base_model.model.score.modules_to_save["default"]
     assert type(head) is nn.Linear
     assert head.weight.dtype == torch.float32
-    moved = [p for name, p in made.named_parameters() if "lora_B" in name and p.detach().any()]
-    assert moved
-    expected = made.eval()(**make_batch()).logits
+    assert not torch.equal(head.weight, before)
+    moved = [name for name, parameter in made.named_parameters() if "lora_B" in name and parameter.detach().any()]
+    assert len(moved) == 2 * model.spin.depth
+    expected = logits(made)
     made.save_pretrained(tmp_path / "adapter")
-    again = SpinForSequenceClassification.from_backbone(
-        tmp_path / "backbone", quantization_config=options, device_map="cpu"
-    )
-    spin_calibrate(again, tokenizer, rows, **quick)
-    loaded = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
-    torch.testing.assert_close(loaded(**make_batch()).logits, expected, rtol=1e-4, atol=1e-5)
+    loaded = peft.PeftModel.from_pretrained(calibrated(load(), poolings=("mean",)), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
