@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -467,6 +468,8 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         if isinstance(model, SpinPreTrainedModel):
             raise ValueError(f"{source or type(model).__name__} is a SPIN model already; load it with from_pretrained.")
         check_rebuilds(model)
+        if source is not None and os.path.isdir(source):
+            source = os.path.abspath(source)  # elsewhere a relative path could be taken for a Hub id
         config = SpinConfig(
             backbone_config=model.config,
             backbone_id=source,
