@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ..calibration import CalibrationResult
 from ..taps import Tap
 from .folder import Checkpoint, hub_id
 from .markdown import Markdown, render
-from .metadata import PAPER, TAGS, WRITTEN, base_model_of, metadata, scores, standard_error, title
+from .metadata import PAPER, TAGS, UNNAMED, WRITTEN, base_model_of, metadata, scores, standard_error, title
 from .profile import layer_profile
 
 logger = logging.get_logger(__name__)
@@ -32,6 +33,7 @@ _TASKS = {
     "regression": "a number per text",
 }
 _LICENSE = ("license", "license_name", "license_link")
+_CALLED = re.compile(r'pipeline\("text-classification", ("[^"\n]*")')  # what a card loads the model by
 _MOST_LABELS = 20  # of a confusion matrix, and of names in the table of facts
 
 
@@ -126,6 +128,16 @@ def card_text(checkpoint: Checkpoint, *, model_id: str | None = None) -> str:
     return _text(checkpoint, _record(checkpoint.folder), _told_before(checkpoint.folder), model_id=model_id)
 
 
+def is_as_written(checkpoint: Checkpoint) -> bool:
+    """Whether nobody changed the text of a folder's card since :func:`write_card`."""
+    text = (checkpoint.folder / CARD).read_text(encoding="utf-8")
+    called = _CALLED.search(text)
+    try:
+        return called is not None and text == card_text(checkpoint, model_id=json.loads(called[1]))
+    except (CardError, json.JSONDecodeError):
+        return False
+
+
 def named_base_model(checkpoint: Checkpoint) -> str | None:
     """Hub id of the backbone, from the card's head or the config."""
     return base_model_of(checkpoint, _told_before(checkpoint.folder))
@@ -168,7 +180,7 @@ def _told_before(folder: Path) -> dict[str, Any]:
         raise CardError(f"The YAML head of {path} can't be read: {error}. Correct it, or remove the file.") from error
     told = {name: value for name, value in data.to_dict().items() if name not in WRITTEN}
     told["more_tags"] = [tag for tag in data.tags or [] if tag not in TAGS]
-    if data.eval_results:
+    if data.eval_results and data.eval_results[0].dataset_name != UNNAMED:
         told["dataset_type"] = data.eval_results[0].dataset_type
         told["dataset_name"] = data.eval_results[0].dataset_name
     return told

@@ -13,6 +13,7 @@ from .folder import Checkpoint
 
 PAPER = "2311.15983"
 TAGS = ["spin_hf", "text-classification", "frozen-backbone", f"arxiv:{PAPER}"]
+UNNAMED = "unknown"  # data, where a person named none: the Hub wants a name
 # Fields that are written anew with each card; all others are a person's.
 WRITTEN = ("library_name", "pipeline_tag", "metrics", "model-index", "base_model_relation", "tags")
 
@@ -84,8 +85,8 @@ def _eval_results(
             EvalResult(
                 task_type="text-classification",
                 task_name="Text Classification",
-                dataset_type=told.get("dataset_type", "unknown"),
-                dataset_name=told.get("dataset_name", "unknown"),
+                dataset_type=told.get("dataset_type", UNNAMED),
+                dataset_name=told.get("dataset_name", UNNAMED),
                 dataset_split=split,
                 metric_type=kind,
                 metric_name=title(key) + remark,

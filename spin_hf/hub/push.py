@@ -27,7 +27,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .. import SpinForSequenceClassification
-from .card import CARD, EVALUATION, PICTURE, RECORD, CardError, card_text, named_base_model, write_card
+from .card import CARD, EVALUATION, PICTURE, RECORD, card_text, is_as_written, named_base_model, write_card
 from .folder import Checkpoint, Form, is_weight_file
 
 
@@ -82,6 +82,7 @@ def push_to_hub(
         )
     if not (checkpoint.folder / CARD).is_file():
         write_card(checkpoint.folder)
+    untouched = is_as_written(checkpoint)
     with tempfile.TemporaryDirectory(prefix="spin_hf_") as scratch:
         if form is not None and form != checkpoint.form:
             checkpoint = _saved_as(form, checkpoint, Path(scratch), trust_remote_code)
@@ -102,7 +103,8 @@ def push_to_hub(
             ]
             contents: dict[str, Any] = {name: str(checkpoint.folder / name) for name in names}
             contents["config.json"] = config
-            contents[CARD] = _card(checkpoint, repo_id).encode()
+            if untouched:
+                contents[CARD] = card_text(checkpoint, model_id=repo_id).encode()
             return api.create_commit(
                 repo_id,
                 [
@@ -153,16 +155,6 @@ def _shareable_config(checkpoint: Checkpoint) -> bytes:
     config = {**checkpoint.config, "backbone_id": named, "backbone_config": nested}
     config.pop("_name_or_path", None)
     return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode()
-
-
-def _card(checkpoint: Checkpoint, repo_id: str) -> str:
-    """The card with the repository's name in it, or, if a person edited it, as it lies there."""
-    existing = (checkpoint.folder / CARD).read_text(encoding="utf-8")
-    try:
-        ours = existing == card_text(checkpoint)
-    except CardError:
-        return existing
-    return card_text(checkpoint, model_id=repo_id) if ours else existing
 
 
 @contextmanager

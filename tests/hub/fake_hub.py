@@ -129,8 +129,13 @@ class FakeHub:
     def model_info(self, token: str | None, body: bytes, repo_id: str, revision: str | None = None) -> dict[str, Any]:
         repository = self.readable(token, repo_id)
         sha = repository.resolve(revision or "main")
-        siblings = [{"rfilename": path} for path in repository.trees[sha]]
-        return {"id": repo_id, "modelId": repo_id, "sha": sha, "private": repository.private, "siblings": siblings, "tags": []}  # fmt: skip
+        return {
+            "id": repo_id,
+            "sha": sha,
+            "private": repository.private,
+            "siblings": [{"rfilename": path} for path in repository.trees[sha]],
+            "tags": [],
+        }
 
     def tree(self, token: str | None, body: bytes, repo_id: str, revision: str, path: str = "") -> list[dict[str, Any]]:
         repository = self.readable(token, repo_id)

@@ -73,6 +73,8 @@ def test_the_text_holds_the_record(classifier):
 
 def test_without_a_test_set_the_card_says_so(classifier):
     path = write_card(classifier)
+    first = path.read_bytes()
+    assert write_card(classifier).read_bytes() == first
     (only,) = ModelCard.load(path).data.eval_results
     assert (only.dataset_split, only.metric_name) == ("validation", "Accuracy on the rows that chose the model")
     assert only.metric_value == round(CalibrationResult.load(classifier / "calibration.json").chosen.score, 4)
