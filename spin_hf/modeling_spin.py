@@ -418,6 +418,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         self.score = _linear(config.num_features, config.num_labels)
         penalty = config.gate_penalty
         self.gates = None if penalty is None else Gates(config.num_features, penalty)
+        self.model_tags = ["spin_hf", "text-classification"]  # of this model's push_to_hub; a list that it appends to
         self.post_init()
 
     @classmethod

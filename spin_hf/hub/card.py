@@ -230,7 +230,7 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
     name = (model_id or checkpoint.folder.resolve().name).rpartition("/")[2]
     test = _evaluation(checkpoint.folder)
     data = metadata(checkpoint, result, told, test, name)
-    config, chosen = checkpoint.config, result.chosen
+    config = checkpoint.config
     return render(
         card_data=Markdown(data.to_yaml().rstrip()),
         name=name,
@@ -247,9 +247,9 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
         license=told.get("license_name") or told.get("license"),
         dataset=told.get("dataset_name"),
         result=result,
-        chosen=chosen,
+        chosen=result.chosen,
         metric=title(result.metric),
-        standard_error=standard_error(result.metric, chosen.score, result.data["eval_rows"]),
+        standard_error=standard_error(result.metric, result.chosen.score, result.data["eval_rows"]),
         best_baseline=max(result.baselines.values(), default=None),
         test=test,
         test_scores=[(title(key), value) for key, value in scores(test)],
@@ -260,7 +260,6 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
         blocks=[(block, [number or "" for number in counts]) for block, counts in _by_block(result)],
         picture=PICTURE if (checkpoint.folder / PICTURE).is_file() else None,
         weight_bytes=checkpoint.bytes,
-        temperature=config.get("logit_temperature"),
     )
 
 

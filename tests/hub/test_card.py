@@ -69,6 +69,7 @@ def test_the_text_holds_the_record(classifier):
     assert f"{result.chosen.depth} of 3" in found
     assert f"{result.seconds['total']:.1f}" in found
     assert "bad, good" in found
+    assert f"{result.confidence.before.expected_calibration_error:.4f}" in text
 
 
 def test_without_a_test_set_the_card_says_so(classifier):

@@ -176,9 +176,12 @@ def test_the_cards_code_runs(hub, pushed, tmp_path):
     text = hub.files("someone/films", pushed["first"])["README.md"].decode()
     blocks = [b for b in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "someone/films" in b]
     assert len(blocks) == 2
-    lines = run("\n".join(blocks), environment(hub.url, tmp_path / "reader"), [])
+    push = 'model.push_to_hub("someone/copy", token="hf_writer")'
+    lines = run("\n".join([*blocks, push]), environment(hub.url, tmp_path / "reader"), [])
     assert re.search(r"'label': '(good|bad)'", lines[-2])
     assert lines[-1] in ("good", "bad")
+    tags = ModelCard(hub.files("someone/copy")["README.md"].decode()).data.tags  # transformers' own push, by the model
+    assert tags == ["spin_hf", "text-classification"]
 
 
 def test_mistakes_are_one_line_and_change_nothing(hub, folders, pushed, tmp_path):
