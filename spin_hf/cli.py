@@ -119,6 +119,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Of splits and --limit.")] = 0,
     base_model: Annotated[str | None, typer.Option(help="Hub id of a backbone loaded from a folder.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub id or name of the data, for the card.")] = None,
+    language: Annotated[str | None, typer.Option(help="Code of the texts' language, like en, for the card.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make a classifier from a pretrained model and labelled texts."""
@@ -169,7 +170,8 @@ def calibrate(
     _save(model, tokenizer, result, out, base_model)
     _out.print(str(result), highlight=False, soft_wrap=True, markup=False)
     scores = None if tests is None else _report(model, tokenizer, tests, columns, as_json=False)
-    write_card(out, test=scores, backbone=backbone, base_model=base_model, dataset=dataset or _name_of(train))
+    named = {"base_model": base_model, "dataset": dataset or _name_of(train), "language": language}
+    write_card(out, test=scores, backbone=backbone, **named)
     _out.print(f'Saved to {out}. Use it: spin-hf predict {out} "your text"', highlight=False, soft_wrap=True)
 
 

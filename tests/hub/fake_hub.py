@@ -103,8 +103,8 @@ class FakeHub:
         content = json.loads(body)["content"]
         data = yaml.safe_load(content.split("---\n")[1])
         for field, kind in (("tags", list), ("library_name", str), ("pipeline_tag", str), ("model-index", list)):
-            if not isinstance(data.get(field), kind):
-                raise Answer(400, message=f"{field} is missing or no {kind.__name__}")
+            if field in data and not isinstance(data[field], kind):
+                raise Answer(400, message=f"{field} is no {kind.__name__}")
         return {"errors": [], "warnings": []}
 
     def create_repo(self, token: str | None, body: bytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -230,6 +231,41 @@ def test_a_hub_that_fails_halfway_has_nothing_half_written(hub, folders, pushed,
     assert code == 2
     assert "can't be reached" in error
     assert len(error.strip().splitlines()) == 1
+
+
+FORMS = "form" in inspect.signature(SpinForSequenceClassification.save_pretrained).parameters
+
+
+@pytest.mark.skipif(not FORMS, reason="save_pretrained has no forms yet")
+def test_other_forms_are_pushed_with_their_own_card(hub, folders, backbone_folder, tmp_path):
+    backbone = fake_hub.Repository(private=False)
+    backbone.commit("main", {path.name: path.read_bytes() for path in backbone_folder.iterdir()}, "Tiny BERT")
+    hub.repositories["someone/tiny-bert"] = backbone
+    films = str(folders["films"])
+    lines = run(
+        PUSH,
+        environment(hub.url, tmp_path / "pusher"),
+        [["hf_writer", [films, f"someone/{form}", "--form", form]] for form in ("head", "self_contained")],
+    )
+    assert [json.loads(line)[0] for line in lines] == [0, 0], lines
+    small, whole = hub.files("someone/head"), hub.files("someone/self_contained")
+    assert len(small["model.safetensors"]) < len(whole["model.safetensors"]) / 4
+    head, alone = ModelCard(small["README.md"].decode()), ModelCard(whole["README.md"].decode())
+    assert (head.data.library_name, head.data.base_model, head.data["base_model_relation"]) == (
+        *("spin_hf", "someone/tiny-bert", "adapter"),
+    )
+    assert (alone.data.library_name, "modeling_spin.py" in whole) == ("transformers", True)
+
+    expected = pipeline("text-classification", films, device="cpu", top_k=None)(TEXTS)
+    reader = environment(hub.url, tmp_path / "reader")
+    (line,) = run(PREDICT, reader, [["someone/head", {}]], json.dumps(TEXTS))
+    assert json.loads(line.removeprefix("scores:")) == expected
+    block = re.findall(r"```python\n(.*?)```", alone.content, flags=re.DOTALL)[0]
+    without = 'import sys; sys.modules["spin_hf"] = None\n'
+    show = f"import json; texts = {TEXTS!r}; inputs = tokenizer(texts, padding=True, return_tensors='pt')\n"
+    show += "print(json.dumps(model(**inputs).logits.softmax(-1).max(-1).values.tolist()))"
+    line = run(without + block + show, reader, [])[-1]
+    assert json.loads(line) == pytest.approx([scores[0]["score"] for scores in expected], abs=1e-6)
 
 
 def test_offline_is_told(classifier):
