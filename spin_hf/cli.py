@@ -170,8 +170,8 @@ def calibrate(
     _save(model, tokenizer, result, out, base_model)
     _out.print(str(result), highlight=False, soft_wrap=True, markup=False)
     scores = None if tests is None else _report(model, tokenizer, tests, columns, as_json=False)
-    named = {"base_model": base_model, "dataset": dataset or _name_of(train), "language": language}
-    write_card(out, test=scores, backbone=backbone, **named)
+    dataset = dataset or _name_of(train)
+    write_card(out, test=scores, backbone=backbone, base_model=base_model, dataset=dataset, language=language)
     _out.print(f'Saved to {out}. Use it: spin-hf predict {out} "your text"', highlight=False, soft_wrap=True)
 
 

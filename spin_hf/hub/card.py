@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 CARD, PICTURE = "README.md", "layer_profile.png"
 RECORD, EVALUATION = "calibration.json", "evaluation.json"
 
+Features = Sequence[Mapping[str, Any]]
 _TASKS = {
     "single_label_classification": "one label per text",
     "multi_label_classification": "any number of labels per text",
@@ -230,7 +231,7 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
     name = (model_id or checkpoint.folder.resolve().name).rpartition("/")[2]
     test = _evaluation(checkpoint.folder)
     data = metadata(checkpoint, result, told, test, name)
-    config = checkpoint.config
+    config, features = checkpoint.config, checkpoint.config["features"]
     return render(
         card_data=Markdown(data.to_yaml().rstrip()),
         name=name,
@@ -248,6 +249,8 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
         dataset=told.get("dataset_name"),
         result=result,
         chosen=result.chosen,
+        num_features=sum(entry["count"] for entry in features),
+        changed=features != list(result.kept),
         metric=title(result.metric),
         standard_error=standard_error(result.metric, result.chosen.score, result.data["eval_rows"]),
         best_baseline=max(result.baselines.values(), default=None),
@@ -255,9 +258,9 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
         test_scores=[(title(key), value) for key, value in scores(test)],
         test_error=standard_error("accuracy", (test or {}).get("accuracy"), (test or {}).get("rows", 1)),
         matrix=_matrix(test),
-        columns=[", ".join(column) for column in _columns(result)],
-        has_norm=any(kind == "norm" for kind, _ in _columns(result)),
-        blocks=[(block, [number or "" for number in counts]) for block, counts in _by_block(result)],
+        columns=[", ".join(column) for column in _columns(features)],
+        has_norm=any(kind == "norm" for kind, _ in _columns(features)),
+        blocks=[(block, [number or "" for number in counts]) for block, counts in _by_block(features)],
         picture=PICTURE if (checkpoint.folder / PICTURE).is_file() else None,
         weight_bytes=checkpoint.bytes,
     )
@@ -268,16 +271,16 @@ def _matrix(test: Mapping[str, Any] | None) -> list[tuple[str, list[int]]]:
     return list(zip(names, counts, strict=False)) if len(names) <= _MOST_LABELS else []
 
 
-def _columns(result: CalibrationResult) -> list[tuple[str, str]]:
+def _columns(features: Features) -> list[tuple[str, str]]:
     """(kind, pooling) of the kept groups."""
-    return sorted({(Tap.parse(entry["tap"]).kind, entry["pooling"]) for entry in result.kept}, reverse=True)
+    return sorted({(Tap.parse(entry["tap"]).kind, entry["pooling"]) for entry in features}, reverse=True)
 
 
-def _by_block(result: CalibrationResult) -> list[tuple[int, list[int]]]:
+def _by_block(features: Features) -> list[tuple[int, list[int]]]:
     """Neurons kept in each block, column by column of :func:`_columns`."""
-    columns = _columns(result)
+    columns = _columns(features)
     counts: dict[int, list[int]] = {}
-    for entry in result.kept:
+    for entry in features:
         tap = Tap.parse(entry["tap"])
         counts.setdefault(tap.block, [0] * len(columns))[columns.index((tap.kind, entry["pooling"]))] = entry["count"]
     return sorted(counts.items())

@@ -153,6 +153,19 @@ def test_what_a_person_added_stays(classifier):
     assert path.read_bytes() == before
 
 
+def test_a_model_that_was_pruned_since_is_told(classifier):
+    assert "were changed after" not in write_card(classifier).read_text(encoding="utf-8")
+    path = classifier / "calibration.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    now = values["chosen"]["num_features"]
+    values["kept"][-1]["count"] += 3  # as if the model had lost three since
+    values["chosen"]["num_features"] += 3
+    path.write_text(json.dumps(values), encoding="utf-8")
+    text = write_card(classifier).read_text(encoding="utf-8")
+    assert f"it had {now + 3} then and has {now} now" in text
+    assert f"kept the {now} neurons" in text
+
+
 def test_the_card_can_name_another_place(classifier):
     write_card(classifier)
     text = card_text(Checkpoint.read(classifier), model_id="someone/else")
