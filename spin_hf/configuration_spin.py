@@ -11,7 +11,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
 from .trust import CheckpointError as CheckpointError
-from .trust import check_values, checked_features, remote_code_is_trusted, trusting_remote_code
+from .trust import check_values, checked_features, checked_layout, remote_code_is_trusted, trusting_remote_code
 
 logger = logging.get_logger(__name__)
 
@@ -82,7 +82,7 @@ class SpinConfig(PreTrainedConfig):
         self.backbone_config: PreTrainedConfig | None = backbone_config
         if remote_code_is_trusted():
             self.backbone_config = unsealed(self)
-        self.layout = layout
+        self.layout = checked_layout(layout)
         self.features = checked_features(features or [])
         self.class_weights = class_weights
         self.max_text_tokens = max_text_tokens

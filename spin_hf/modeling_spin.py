@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .backbone import build_backbone, check_rebuilds, load_backbone, pinned_revision
+from .checkpoint import Form as Form
 from .configuration_spin import SpinConfig
 from .depth import truncate
 from .drift import sample, warn_if_moved
@@ -23,7 +24,12 @@ from .gates import Gates
 from .pooling import align_left, pool
 from .pretrained import NotCalibratedError as NotCalibratedError
 from .pretrained import SpinPreTrainedModel
+from .quantization import is_quantized as is_quantized
 from .taps import Layout, Tap, TapError, attach, find_layout, model_device, record
+from .trust import CheckpointError as CheckpointError
+
+# Every module of the runtime is named above, since some versions of transformers copy from a self-contained folder only
+# what the first file imports itself.
 
 logger = logging.get_logger(__name__)
 

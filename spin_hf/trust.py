@@ -120,6 +120,21 @@ def _check_auto_map(name: str, value: Any) -> None:
                 )
 
 
+def checked_layout(values: Any) -> dict[str, Any] | None:
+    """``SpinConfig.layout``. Raises :class:`CheckpointError` for one of another shape."""
+    if values is None:
+        return None
+    calls = values.get("calls", 1) if isinstance(values, Mapping) else None
+    whole = isinstance(values, Mapping) and isinstance(values.get("blocks"), str)
+    names = [values.get(name) for name in ("ffn", "norm")] if whole else [0]
+    if not all(name is None or isinstance(name, str) for name in names) or type(calls) is not int or calls < 1:
+        raise CheckpointError(
+            "`layout` should look like {'blocks': 'layers', 'ffn': 'mlp.down_proj', 'norm': 'norm', 'calls': 1}; got "
+            f"{values}."
+        )
+    return {"ffn": None, "norm": None, **values}
+
+
 def checked_features(entries: Any) -> list[dict[str, Any]]:
     """The entries of ``SpinConfig.features``. Raises :class:`CheckpointError` for one of another shape."""
     for entry in entries:
