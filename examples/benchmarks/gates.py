@@ -32,7 +32,7 @@ from accuracy_table import load
 
 from spin_hf import SpinForSequenceClassification, spin_calibrate
 from spin_hf.demo import backbone_folder
-from spin_hf.gates import Gates
+from spin_hf.gates import SPEED, Gates
 from spin_hf.training import store_features
 
 PENALTIES = {"l1": (3e-4, 1e-3, 2e-3, 3e-3), "l0": (1e-3, 2e-3, 3e-3, 5e-3)}
@@ -70,7 +70,7 @@ def train(kind: str, penalty: float, seed: int, head: nn.Linear, data: Any, argu
     score.load_state_dict(head.state_dict())
     gates = (Gates if kind == "l1" else HardConcrete)(head.in_features, penalty)
     groups = [
-        {"params": gates.parameters(), "lr": arguments.lr},
+        {"params": gates.parameters(), "lr": arguments.lr / (SPEED if kind == "l1" else 1)},
         {"params": score.parameters(), "lr": arguments.head_lr},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from spin_hf import NotCalibratedError, SpinForSequenceClassification, spin_calibrate
 from spin_hf.calibration.errors import UnknownLabelError
+from spin_hf.gates import SPEED
 from spin_hf.prediction import predict
 from spin_hf.training import add_gates, prune_gates, store_features
 
@@ -64,9 +65,9 @@ def test_a_step_is_the_proximal_step_of_the_penalty():
         plain.gates.weight.copy_(model.gates.weight)
     plain.zero_grad()
     plain(**make_batch(), labels=LABELS).loss.backward()
-    moved = plain.gates.weight.detach() - 0.5 * plain.gates.weight.grad
-    expected = (moved - 0.5 * 0.3).clamp(min=0)
-    optimizer = torch.optim.SGD([model.gates.weight], lr=0.5)
+    moved = plain.gates.weight.detach() - 0.05 * plain.gates.weight.grad
+    expected = SPEED * (moved - 0.05 * 0.3 * SPEED).clamp(min=0)
+    optimizer = torch.optim.SGD([model.gates.weight], lr=0.05)
     model.train()(**make_batch(), labels=LABELS).loss.backward()
     optimizer.step()
     torch.testing.assert_close(model.gates.values(), expected)
@@ -145,7 +146,7 @@ def test_a_gated_model_goes_through_files_in_full_precision(model, tmp_path, run
 def test_trainer_closes_gates_and_resumes(model, sentiment_rows, tmp_path):
     add_gates(model, penalty=0.03)
     whole, resumed = copy.deepcopy(model), copy.deepcopy(model)
-    options = {"num_train_epochs": 10, "save_strategy": "steps", "save_steps": 20, "learning_rate": 0.2}
+    options = {"num_train_epochs": 10, "save_strategy": "steps", "save_steps": 20, "learning_rate": 0.02}
     trainer(whole, sentiment_rows, tmp_path, **options).train()
     trainer(resumed, sentiment_rows, tmp_path / "resumed", **options).train(
         resume_from_checkpoint=str(tmp_path / "checkpoint-20")
@@ -188,11 +189,11 @@ def test_training_on_stored_features_is_training_on_texts(model, sentiment_rows,
         add_gates(model, penalty=0.01)
     other = copy.deepcopy(model)
     data = {name: values[:64] for name, values in sentiment_rows.items()}
-    trainer(model, sentiment_rows, tmp_path).train()
+    trainer(model, sentiment_rows, tmp_path, learning_rate=0.01).train()
     stored = store_features(other, make_tokenizer(), data)
     assert stored.column_names == ["features", "labels"]
     monkeypatch.setattr(other.spin, "run_backbone", lambda *args, **kwargs: pytest.fail("the backbone ran"))
-    options = {"learning_rate": 0.05, "num_train_epochs": 2, "per_device_train_batch_size": 16}
+    options = {"learning_rate": 0.01, "num_train_epochs": 2, "per_device_train_batch_size": 16}
     settings = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, save_strategy="no", **options)
     run = Trainer(other, settings, train_dataset=stored, eval_dataset=stored)
     run.train()
