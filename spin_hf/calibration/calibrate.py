@@ -143,6 +143,7 @@ def spin_calibrate(
     if batch_tokens < 1:
         raise CalibrationError(f"batch_tokens must be at least 1; got {batch_tokens}.")
     check_tokenizer(tokenizer, model)
+    blocks = model.spin.depth
     tried_depths = _depths(model, recipe, whole=preset == "paper" and not (depths or max_depth))
     prepared = prepare(model, train, eval, cv, seed, text_column=text_column, label_column=label_column)
     rows, names, labels, refit = prepared.rows, prepared.names, prepared.labels, prepared.refit
