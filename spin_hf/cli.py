@@ -12,7 +12,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +19,7 @@ from rich.table import Column, Table
 
 from .calibration import CalibrationResult
 from .hub.command import push
+from .loading import UserError, load_classifier, load_tokenizer, pick_device, telling_what_fails
 
 app = typer.Typer(
     help="Turn a pretrained Hugging Face model into a text classifier without training it.",
@@ -56,10 +56,6 @@ class _Dtype(str, Enum):
     float16 = "float16"
 
 
-class _UserError(Exception):
-    """A mistake of the caller's, told in one line."""
-
-
 def _one_line_errors(command: _F) -> _F:
     """Turn the errors a caller can put right into one line and exit code 2; others keep their traceback."""
 
@@ -72,7 +68,7 @@ def _one_line_errors(command: _F) -> _F:
         from .modeling_spin import NotCalibratedError
         from .taps import TapError
 
-        known = (_UserError, CalibrationError, CardError, CheckpointError, NotCalibratedError, PushError, TapError)
+        known = (UserError, CalibrationError, CardError, CheckpointError, NotCalibratedError, PushError, TapError)
         try:
             return ending_together(command)(*args, **kwargs)
         except known as error:
@@ -129,6 +125,7 @@ def calibrate(
     from .calibration.store import demand_writable
     from .hub.card import check_base_model, write_card
     from .modeling_spin import SpinForSequenceClassification
+    from .scoring import score_rows
 
     ranks = Ranks.here()
     demand_writable(out)
@@ -137,13 +134,13 @@ def calibrate(
     sets = {name: _load_data(source, limit, seed) for name, source in _given(train=train, eval=validation, test=test)}
     if test is not None:
         read_rows(sets["test"], "test", **columns)  # its mistakes are told before the long work
-    tokenizer = _tokenizer(backbone, revision, trust_remote_code)
+    tokenizer = load_tokenizer(backbone, revision, trust_remote_code)
     options: dict[str, Any] = dict(_given(revision=revision, dtype=dtype and dtype.value))
     if trust_remote_code:
         options["trust_remote_code"] = True
-    with _loading(backbone):
+    with telling_what_fails(backbone):
         model = SpinForSequenceClassification.from_backbone(backbone, problem_type=problem_type.value, **options).to(
-            device or ranks.device or _device(None)
+            device or ranks.device or pick_device(None)
         )
     tests = sets.pop("test", None)
     result = spin_calibrate(
@@ -169,7 +166,9 @@ def calibrate(
         return
     _save(model, tokenizer, result, out, base_model)
     _out.print(str(result), highlight=False, soft_wrap=True, markup=False)
-    scores = None if tests is None else _report(model, tokenizer, tests, columns, as_json=False)
+    scores = None if tests is None else score_rows(model, tokenizer, tests, **columns)
+    if scores is not None:
+        _show(scores)
     dataset = dataset or _name_of(train)
     write_card(out, test=scores, backbone=backbone, base_model=base_model, dataset=dataset, language=language)
     _out.print(f'Saved to {out}. Use it: spin-hf predict {out} "your text"', highlight=False, soft_wrap=True)
@@ -193,7 +192,7 @@ def predict(
     from .prediction import predict as predict_texts
 
     first, second = _texts_to_predict(texts, file, text_column)
-    classifier, tokenizer = _load_classifier(model, device, trust_remote_code)
+    classifier, tokenizer = load_classifier(model, device, trust_remote_code)
     prediction = predict_texts(
         classifier, tokenizer, first, second, batch_tokens=batch_tokens, min_confidence=min_confidence
     )
@@ -215,10 +214,16 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score a classifier on labelled texts, with the confusion matrix."""
+    from .scoring import score_rows
+
     rows = _load_data(data, None, 0)
-    classifier, tokenizer = _load_classifier(model, device, trust_remote_code)
+    classifier, tokenizer = load_classifier(model, device, trust_remote_code)
     columns = {"text_column": text_column, "label_column": label_column}
-    _report(classifier, tokenizer, rows, columns, as_json=as_json, min_confidence=min_confidence)
+    values = score_rows(classifier, tokenizer, rows, min_confidence=min_confidence, **columns)
+    if as_json:
+        sys.stdout.write(json.dumps(values) + "\n")
+    else:
+        _show(values)
 
 
 @app.command()
@@ -231,7 +236,7 @@ def cache(
     from .calibration.cache import clear_store, list_stores
 
     if not folder.is_dir():
-        raise _UserError(f"{folder} is not a folder.")
+        raise UserError(f"{folder} is not a folder.")
     stores = list_stores(folder)
     table = Table("folder", "backbone", *(Column(name, justify="right") for name in ("texts", "done", "MB", "used")))
     for store in stores:
@@ -262,24 +267,26 @@ def demo(
     from .demo import BACKBONE_ID, FRESH_PROCESS, backbone_folder, load_split
     from .hub import write_card
     from .modeling_spin import SpinForSequenceClassification
+    from .scoring import score_rows
 
     demand_writable(out)
     folder = backbone_folder()
     if folder is None:
-        raise _UserError("The demo's model is not installed. Run: pip install 'spin_hf[demo]'")
+        raise UserError("The demo's model is not installed. Run: pip install 'spin_hf[demo]'")
     train, validation, test = map(load_split, ("train", "validation", "test"))
     _out.print(
         f"{len(train)} messages to train on, {len(validation)} to choose by, {len(test)} to report on; "
         "labels: complaint, praise, question, suggestion.",
         highlight=False,
     )
-    tokenizer = _tokenizer(str(folder), None, False)
-    with _loading(str(folder)):
+    tokenizer = load_tokenizer(str(folder), None, False)
+    with telling_what_fails(str(folder)):
         model = SpinForSequenceClassification.from_backbone(folder)
     result = spin_calibrate(model, tokenizer, train, validation)
     _out.print(str(result), highlight=False, soft_wrap=True, markup=False)
     _save(model, tokenizer, result, out, BACKBONE_ID)
-    scores = _report(model, tokenizer, test, {}, as_json=False)
+    scores = score_rows(model, tokenizer, test)
+    _show(scores)
     write_card(
         out, test=scores, backbone=folder, base_model=BACKBONE_ID, dataset="spin_hf demo messages", language="en"
     )
@@ -302,54 +309,6 @@ def _given(**values: Any) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in values.items() if value is not None]
 
 
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is not None:
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            raise _UserError(f"Device {name!r} can't be used: {error}") from None
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-class _loading:
-    """Say what can't be loaded in one line, and keep transformers' bars for its own messages away."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        from .configuration_spin import CheckpointError
-
-        if isinstance(error, (OSError, ValueError)) and not isinstance(error, CheckpointError):
-            raise _UserError(f"{self.source} can't be loaded: {error}") from None
-
-
-def _tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    with _loading(f"The tokenizer of {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked out, so any token does
-    return tokenizer
-
-
-def _load_classifier(folder: Path, device: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
-    from .modeling_spin import SpinForSequenceClassification
-
-    with _loading(str(folder)):
-        model = SpinForSequenceClassification.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return model.to(_device(device)), _tokenizer(str(folder), None, trust_remote_code)
-
-
 def _load_data(source: str, limit: int | None, seed: int) -> Any:
     """A ``datasets.Dataset`` from a file or from the Hub."""
     import datasets
@@ -360,24 +319,31 @@ def _load_data(source: str, limit: int | None, seed: int) -> Any:
     try:
         if kind is not None:
             if not path.is_file():
-                raise _UserError(f"{source} is not a file.")
+                raise UserError(f"{source} is not a file.")
             options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
             with tempfile.TemporaryDirectory() as scratch:  # in memory: a stale cache must not answer for the file
                 data = datasets.load_dataset(
                     kind, data_files=source, split="train", cache_dir=scratch, keep_in_memory=True, **options
                 )
         elif path.exists():
-            raise _UserError(f"{source} has none of the endings {', '.join(_READERS)}.")
+            raise UserError(f"{source} has none of the endings {', '.join(_READERS)}.")
         else:
             name, _, split = source.partition(":")
             data = datasets.load_dataset(name, split=split or "train")
     except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise _UserError(f"{source} can't be read: {error.__cause__ or error}") from None
+        raise UserError(f"{source} can't be read: {error.__cause__ or error}") from None
     except (OSError, ValueError) as error:
-        raise _UserError(f"{source} can't be read: {error}") from None
+        raise UserError(f"{source} can't be read: {error}") from None
     if limit is not None and limit < len(data):
         data = data.shuffle(seed=seed, keep_in_memory=True).select(range(limit))
     return data
+
+
+def _show(scores: dict[str, Any]) -> None:
+    from .scoring import shown_scores
+
+    for part in shown_scores(scores):
+        _out.print(part, highlight=False, soft_wrap=isinstance(part, str))
 
 
 def _name_of(source: str) -> str:
@@ -399,7 +365,7 @@ def _texts_to_predict(
     from .calibration.data import read_texts
 
     if texts and file:
-        raise _UserError("Give texts or --file, not both.")
+        raise UserError("Give texts or --file, not both.")
     if texts:
         return texts, None
     if file is not None and file.suffix != ".txt":
@@ -407,59 +373,8 @@ def _texts_to_predict(
     try:
         lines = file.read_text(encoding="utf-8").splitlines() if file else sys.stdin.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise _UserError(f"{file or 'standard input'} can't be read: {error}") from None
+        raise UserError(f"{file or 'standard input'} can't be read: {error}") from None
     lines = [line for line in lines if line.strip()]
     if not lines:
-        raise _UserError("No texts: give some as arguments, with --file, or on standard input.")
+        raise UserError("No texts: give some as arguments, with --file, or on standard input.")
     return lines, None
-
-
-def _report(
-    model: Any,
-    tokenizer: Any,
-    source: Any,
-    columns: dict[str, Any],
-    *,
-    as_json: bool,
-    min_confidence: float | None = None,
-) -> dict[str, Any]:
-    """Metrics and confusion matrix of a classifier on labelled rows, shown and returned."""
-    from sklearn.metrics import confusion_matrix
-
-    from .calibration.data import encode_labels, read_rows
-    from .prediction import evaluate as evaluate_prediction
-    from .prediction import predict as predict_texts
-
-    rows = read_rows(source, "test", **columns)
-    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
-    labels = encode_labels(rows, names, model.config.problem_type, "test")
-    prediction = predict_texts(model, tokenizer, rows.texts, rows.pairs, min_confidence=min_confidence)
-    scores = evaluate_prediction(prediction, labels)
-    single = model.config.problem_type == "single_label_classification"
-    matrix = confusion_matrix(labels, prediction.labels, labels=range(len(names))) if single else None
-    values: dict[str, Any] = {"rows": len(rows), "truncated": prediction.truncated}
-    values.update({name: None if np.isnan(value) else value for name, value in scores.items()})  # NaN is no JSON
-    if matrix is not None:
-        values["labels"], values["confusion_matrix"] = list(names), matrix.tolist()
-    if as_json:
-        sys.stdout.write(json.dumps(values) + "\n")
-        return values
-    _out.print(
-        f"\nTest, {len(rows):,} texts: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()),
-        highlight=False,
-        soft_wrap=True,
-    )
-    if matrix is not None:
-        _out.print(_confusion_table(names, matrix))
-    return values
-
-
-def _confusion_table(names: tuple[str, ...], matrix: np.ndarray) -> Table:
-    table = Table(title="rows: true label, columns: predicted", title_justify="left", title_style="dim")
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    for i, name in enumerate(names):
-        cells = [f"[bold]{count}[/bold]" if i == j else str(count) for j, count in enumerate(matrix[i])]
-        table.add_row(name, *cells)
-    return table
