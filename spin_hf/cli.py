@@ -262,16 +262,13 @@ def _given(**values: Any) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in values.items() if value is not None]
 
 
-def _device(name: str | None) -> str:
-    import torch
+def _device(name: str | None) -> Any:
+    from .loading import pick_device
 
-    if name is not None:
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            raise _UserError(f"Device {name!r} can't be used: {error}") from None
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return pick_device(name)
+    except ValueError as error:
+        raise _UserError(str(error)) from None
 
 
 class _loading:
@@ -293,13 +290,10 @@ class _loading:
 
 
 def _tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
+    from .loading import load_tokenizer
 
     with _loading(f"The tokenizer of {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked out, so any token does
-    return tokenizer
+        return load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def _load_classifier(folder: Path, device: str | None, trust_remote_code: bool) -> tuple[Any, Any]:

@@ -167,7 +167,7 @@ def encode_labels(rows: Rows, names: tuple[str, ...], problem_type: ProblemType,
     array = np.array([encode(value) for value in rows.labels], dtype=np.int64)
     if role == "train" and len(np.unique(array)) < 2:
         raise OneClassError(
-            f"All {len(array)} training rows have the label {names[int(array[0])]!r}; a classifier needs two."
+            f"All {len(array)} training rows have the label {names[int(array[0])]!r}; a classifier needs two classes."
         )
     return array
 

@@ -74,6 +74,8 @@ def _folds(
     """Stratified by ``classes`` where there are any."""
     smallest = count if classes is None else int(min(np.bincount(classes)[np.unique(classes)]))
     if cv is not None:
+        if not isinstance(cv, (int, np.integer)):
+            raise CalibrationError(f"cv must be a number of folds; got {cv!r}.")
         if not 2 <= cv <= smallest:
             raise MissingLabelsError(f"cv={cv} needs at least {cv} rows of each class; the rarest has {smallest}.")
         splitter: Any = (KFold if classes is None else StratifiedKFold)(cv, shuffle=True, random_state=seed)
