@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from .calibration import CalibrationResult, spin_calibrate
 from .configuration_spin import SpinConfig
+from .estimator import SpinClassifier, SpinRegressor
 from .modeling_spin import NotCalibratedError, SpinForSequenceClassification, SpinModel
 from .taps import TapError
 from .training import lora_targets
@@ -22,9 +23,11 @@ __all__ = [
     "CalibrationResult",
     "CheckpointError",
     "NotCalibratedError",
+    "SpinClassifier",
     "SpinConfig",
     "SpinForSequenceClassification",
     "SpinModel",
+    "SpinRegressor",
     "TapError",
     "lora_targets",
     "spin_calibrate",

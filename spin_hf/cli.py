@@ -6,7 +6,6 @@ import functools
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -30,8 +29,6 @@ app = typer.Typer(
 _out = Console()
 _err = Console(stderr=True)
 _F = TypeVar("_F", bound=Callable[..., Any])
-
-_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 class _Problem(str, Enum):
@@ -63,10 +60,10 @@ def _one_line_errors(command: _F) -> _F:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         from .calibration import CalibrationError
         from .calibration.ranks import Ranks, ending_together
-        from .configuration_spin import CheckpointError
         from .hub import CardError, PushError
         from .modeling_spin import NotCalibratedError
         from .taps import TapError
+        from .trust import CheckpointError
 
         known = (UserError, CalibrationError, CardError, CheckpointError, NotCalibratedError, PushError, TapError)
         try:
@@ -79,6 +76,7 @@ def _one_line_errors(command: _F) -> _F:
     return wrapped  # type: ignore[return-value]
 
 
+_DATA_HELP = "csv, tsv, json, jsonl or parquet file, a folder, or NAME[/CONFIG][:SPLIT] on the Hub."
 TextColumn = Annotated[list[str] | None, typer.Option(help="Column of the texts; twice for sentence pairs.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels.")]
 MinConfidence = Annotated[float | None, typer.Option(help="Abstain from texts of a lower confidence, 0 to 1.")]
@@ -89,10 +87,12 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 @_one_line_errors
 def calibrate(
     backbone: Annotated[str, typer.Argument(help="Hub id or folder of a pretrained model.")],
-    train: Annotated[str, typer.Option(help="csv, tsv, json, jsonl or parquet file, or NAME[:SPLIT] on the Hub.")],
+    train: Annotated[str, typer.Option(help=_DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Folder for the classifier.")],
-    validation: Annotated[str | None, typer.Option(help="Data that decides; without it a fifth of train.")] = None,
-    test: Annotated[str | None, typer.Option(help="Data that is only reported on.")] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="Data that decides; by default the validation split, or a fifth of train.")
+    ] = None,
+    test: Annotated[str | None, typer.Option(help="Data that is only reported on, in the same forms.")] = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
     problem_type: Annotated[_Problem, typer.Option(help="What the labels are.")] = _Problem.single,
@@ -122,6 +122,7 @@ def calibrate(
     from .calibration.calibrate import spin_calibrate
     from .calibration.data import read_rows
     from .calibration.ranks import Ranks
+    from .calibration.sources import split_of, training_splits
     from .calibration.store import demand_writable
     from .hub.card import check_base_model, write_card
     from .modeling_spin import SpinForSequenceClassification
@@ -131,10 +132,12 @@ def calibrate(
     demand_writable(out)
     check_base_model(base_model)
     columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
-    sets = {name: _load_data(source, limit, seed) for name, source in _given(train=train, eval=validation, test=test)}
+    train_rows, eval_rows = (_drawn(data, limit, seed) for data in training_splits(train, validation, cv=cv))
+    tests = None
     if test is not None:
-        read_rows(sets["test"], "test", **columns)  # its mistakes are told before the long work
-    tokenizer = load_tokenizer(backbone, revision, trust_remote_code)
+        tests = _drawn(split_of(test, "test"), limit, seed)
+        read_rows(tests, "test", **columns)  # its mistakes are told before the long work
+    tokenizer = load_tokenizer(backbone, revision=revision, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = dict(_given(revision=revision, dtype=dtype and dtype.value))
     if trust_remote_code:
         options["trust_remote_code"] = True
@@ -142,11 +145,11 @@ def calibrate(
         model = SpinForSequenceClassification.from_backbone(backbone, problem_type=problem_type.value, **options).to(
             device or ranks.device or pick_device(None)
         )
-    tests = sets.pop("test", None)
     result = spin_calibrate(
         model,
         tokenizer,
-        **sets,
+        train_rows,
+        eval_rows,
         **columns,
         cv=cv,
         metric=metric,
@@ -205,7 +208,7 @@ def predict(
 @_one_line_errors
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of a classifier.")],
-    data: Annotated[str, typer.Argument(help="csv, tsv, json, jsonl or parquet file, or NAME[:SPLIT] on the Hub.")],
+    data: Annotated[str, typer.Argument(help=_DATA_HELP)],
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
     min_confidence: MinConfidence = None,
@@ -214,9 +217,10 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score a classifier on labelled texts, with the confusion matrix."""
+    from .calibration.sources import split_of
     from .scoring import score_rows
 
-    rows = _load_data(data, None, 0)
+    rows = split_of(data, "test")
     classifier, tokenizer = load_classifier(model, device, trust_remote_code)
     columns = {"text_column": text_column, "label_column": label_column}
     values = score_rows(classifier, tokenizer, rows, min_confidence=min_confidence, **columns)
@@ -279,7 +283,7 @@ def demo(
         "labels: complaint, praise, question, suggestion.",
         highlight=False,
     )
-    tokenizer = load_tokenizer(str(folder), None, False)
+    tokenizer = load_tokenizer(folder)
     with telling_what_fails(str(folder)):
         model = SpinForSequenceClassification.from_backbone(folder)
     result = spin_calibrate(model, tokenizer, train, validation)
@@ -309,34 +313,11 @@ def _given(**values: Any) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in values.items() if value is not None]
 
 
-def _load_data(source: str, limit: int | None, seed: int) -> Any:
-    """A ``datasets.Dataset`` from a file or from the Hub."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    path = Path(source)
-    kind = next((kind for suffix, kind in _READERS.items() if path.name.removesuffix(".gz").endswith(suffix)), None)
-    try:
-        if kind is not None:
-            if not path.is_file():
-                raise UserError(f"{source} is not a file.")
-            options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
-            with tempfile.TemporaryDirectory() as scratch:  # in memory: a stale cache must not answer for the file
-                data = datasets.load_dataset(
-                    kind, data_files=source, split="train", cache_dir=scratch, keep_in_memory=True, **options
-                )
-        elif path.exists():
-            raise UserError(f"{source} has none of the endings {', '.join(_READERS)}.")
-        else:
-            name, _, split = source.partition(":")
-            data = datasets.load_dataset(name, split=split or "train")
-    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise UserError(f"{source} can't be read: {error.__cause__ or error}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} can't be read: {error}") from None
-    if limit is not None and limit < len(data):
-        data = data.shuffle(seed=seed, keep_in_memory=True).select(range(limit))
-    return data
+def _drawn(data: Any, limit: int | None, seed: int) -> Any:
+    """So many rows of a data set at most."""
+    if limit is None or data is None or limit >= len(data):
+        return data
+    return data.shuffle(seed=seed, keep_in_memory=True).select(range(limit))
 
 
 def _show(scores: dict[str, Any]) -> None:
@@ -369,7 +350,7 @@ def _texts_to_predict(
     if texts:
         return texts, None
     if file is not None and file.suffix != ".txt":
-        return read_texts(_load_data(str(file), None, 0), text_column=text_column)
+        return read_texts(file, text_column=text_column)
     try:
         lines = file.read_text(encoding="utf-8").splitlines() if file else sys.stdin.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:

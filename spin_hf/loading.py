@@ -1,26 +1,29 @@
-"""What a command line names, loaded: device, tokenizer, classifier; what can't be loaded is told in one line."""
+"""What a person names, loaded: device, tokenizer, classifier; what can't be loaded is told in one line."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake of the caller's, told in one line."""
 
 
-def pick_device(name: str | None) -> str:
+def pick_device(name: str | torch.device | None) -> torch.device:
     """The device of that name, or the best there is. Raises :class:`UserError` for one that can't be used."""
     import torch
 
-    if name is not None:
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"Device {name!r} can't be used: {error}") from None
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name is None:
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(f"Device {name!r} can't be used: {error}") from None
 
 
 class telling_what_fails:
@@ -35,18 +38,26 @@ class telling_what_fails:
         logging.disable_progress_bar()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        from .configuration_spin import CheckpointError
+        from .trust import CheckpointError
 
-        if isinstance(error, (OSError, ValueError)) and not isinstance(error, CheckpointError):
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, (CheckpointError, UserError)):
             raise UserError(f"{self.source} can't be loaded: {error}") from None
 
 
-def load_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """A model's tokenizer, able to pad."""
+def load_tokenizer(source: str | Path, **kwargs: Any) -> Any:
+    """A tokenizer by Hub id or folder; one without a pad token gets its end-of-text token as such.
+
+    Args:
+        source: the Hub id or folder.
+        **kwargs: for ``AutoTokenizer.from_pretrained``.
+
+    Raises:
+        UserError: if it can't be loaded.
+    """
     from transformers import AutoTokenizer
 
     with telling_what_fails(f"The tokenizer of {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked out, so any token does
     return tokenizer
@@ -58,4 +69,4 @@ def load_classifier(folder: Path, device: str | None, trust_remote_code: bool) -
 
     with telling_what_fails(str(folder)):
         model = SpinForSequenceClassification.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return model.to(pick_device(device)), load_tokenizer(str(folder), None, trust_remote_code)
+    return model.to(pick_device(device)), load_tokenizer(folder, trust_remote_code=trust_remote_code)

@@ -147,6 +147,21 @@ def test_mistakes_are_one_line(classifier, files, tmp_path, minilm_path):
     assert "broken.csv" in fails("evaluate", classifier, broken)
 
 
+def test_a_folder_of_splits_trains_validates_and_tests(files, tmp_path, minilm_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = load_split("train")
+    for name, part in {"train": rows[:60], "dev": rows[60:90], "test": load_split("test")[:20]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    options = ("--kind", "ffn", "--pooling", "mean", "--max-depth", 1, "--device", "cpu", "--out", tmp_path / "out")
+    run("calibrate", minilm_path, "--train", folder, "--test", folder, *options)
+    data = json.loads((tmp_path / "out" / "calibration.json").read_text())["data"]
+    assert (data["train_rows"], data["eval_rows"], data["evaluated"]) == (60, 30, "validation")
+    assert json.loads(run("evaluate", tmp_path / "out", folder, "--json").stdout)["rows"] == 20
+    (folder / "test.jsonl").unlink()
+    assert "none of them named test" in fails("evaluate", tmp_path / "out", folder)
+
+
 def test_unwritable_output_is_found_before_the_work(files, tmp_path, minilm_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")

@@ -42,6 +42,7 @@ def spin_calibrate(
     text_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
     cv: int | None = None,
+    validation_fraction: float = 0.2,
     metric: str | Metric | None = None,
     class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
     sample_weight: Sequence[float] | None = None,
@@ -77,11 +78,15 @@ def spin_calibrate(
         model: from ``SpinForSequenceClassification.from_backbone``.
         tokenizer: the backbone's, with a pad token. Its ``model_max_length`` becomes the number of tokens a text is cut
             to here, so that ``pipeline(..., truncation=True)`` cuts alike.
-        train: ``datasets.Dataset``, pandas frame, dict of columns, list of dicts, or a pair (texts, labels).
-        eval: likewise; decides every choice. Without it, ``cv`` folds of ``train`` do, or a fifth of it held out.
+        train: ``datasets.Dataset`` or a stream of it, pandas frame, dict of columns, list of dicts, a pair (texts,
+            labels), or a name: a csv, tsv, json, jsonl or parquet file, a folder of them, or ``NAME[/CONFIG][:SPLIT]``
+            on the Hub. Of splits (``DatasetDict``) those for training and validation are found by name.
+        eval: likewise; decides every choice. Without it the validation split of ``train`` does, or else ``cv`` folds of
+            ``train``, or a part of it held out.
         text_column: column of the texts, or two columns for sentence pairs; found by common names otherwise.
         label_column: column of the labels; found by common names otherwise.
         cv: number of folds for cross-validation, without ``eval``; the final probes and head use all rows.
+        validation_fraction: the part of ``train`` that is held out to choose by, without ``eval`` and ``cv``.
         metric: ``accuracy`` (default), ``macro_f1``, ``micro_f1`` (default for multi-label), ``matthews``, ``r2``
             (default for regression), or a function of (labels, predictions).
         class_weight: ``"balanced"`` or a dict of label to weight. For multi-label the weight of a label's presence.
@@ -145,10 +150,11 @@ def spin_calibrate(
     check_tokenizer(tokenizer, model)
     blocks = model.spin.depth
     tried_depths = _depths(model, recipe, whole=preset == "paper" and not (depths or max_depth))
-    prepared = prepare(model, train, eval, cv, seed, text_column=text_column, label_column=label_column)
+    columns = {"text_column": text_column, "label_column": label_column}
+    prepared = prepare(model, train, eval, cv, validation_fraction, seed, **columns)
     rows, names, labels, refit = prepared.rows, prepared.names, prepared.labels, prepared.refit
     task = Task.make(model.config.problem_type, names, metric, multiclass)
-    weights = check_sample_weight(sample_weight, len(rows) if eval is None else len(refit), len(rows))
+    weights = check_sample_weight(sample_weight, prepared.trained, len(rows))
     class_weights = task.class_weights(labels[refit], class_weight)
     row_weights = task.row_weights(labels, class_weights, weights)
     data = Labelled(task, labels, task.targets(labels), row_weights, prepared.folds, refit)
@@ -215,7 +221,7 @@ def spin_calibrate(
         data={
             "train_rows": len(refit),
             "eval_rows": len(data.eval_rows),
-            "evaluated": "validation" if eval is not None else f"{cv}-fold cross-validation" if cv else "held out",
+            "evaluated": prepared.evaluated,
             "labels": list(names),
             "truncated": encoded.truncated,
             "max_length": limit,
@@ -245,6 +251,7 @@ def spin_calibrate(
             "preset": preset,
             "prefer": prefer,
             "cv": cv,
+            "validation_fraction": validation_fraction,
             "class_weight": class_weights,
             "multiclass": multiclass,
             "batch_tokens": batch_tokens,

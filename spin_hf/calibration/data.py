@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .errors import (
-    CalibrationError,
     ColumnError,
     EmptyDatasetError,
     EmptyTextError,
@@ -20,17 +19,37 @@ from .errors import (
     OneClassError,
     UnknownLabelError,
 )
+from .sources import Role, open_table
 from .task import ProblemType
 
-_TEXT_COLUMNS = ("text", "sentence", "content", "review", "question", "tweet", "document", "message", "comment")
+# The usual names, in lower case; the first that a data set has is taken, pairs before single texts.
 _PAIR_COLUMNS = (
     ("text", "text_pair"),
     ("sentence1", "sentence2"),
+    ("sentence_1", "sentence_2"),
+    ("sentence_a", "sentence_b"),
     ("premise", "hypothesis"),
     ("question1", "question2"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
     ("question", "sentence"),
+    ("question", "passage"),
+    ("query", "passage"),
 )
-_LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "score")
+_TEXT_COLUMNS = (
+    "text",
+    "sentence",
+    "content",
+    "review",
+    "question",
+    "tweet",
+    "document",
+    "message",
+    "comment",
+    "utterance",
+    "query",
+)
+_LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "sentiment", "emotion", "intent", "score")
 _GENERIC_NAME = re.compile(r"LABEL_\d+$")
 
 
@@ -53,35 +72,29 @@ class Rows:
 
 
 def read_rows(
-    source: Any, role: str, *, text_column: str | Sequence[str] | None = None, label_column: str | None = None
+    source: Any, role: Role, *, text_column: str | Sequence[str] | None = None, label_column: str | None = None
 ) -> Rows:
-    """Read a ``datasets.Dataset``, a pandas frame, a dict of columns, a list of dicts, or a pair (texts, labels).
+    """Read labelled texts.
 
     Args:
-        source: the data.
-        role: "train" or "eval", for the messages.
+        source: anything that :func:`spin_hf.calibration.sources.open_table` takes.
+        role: "train", "eval" or "test": chooses among splits, and says in messages which data is meant.
         text_column: the text's column, or two for sentence pairs; found by its usual names otherwise.
         label_column: the label's column, likewise.
 
     Raises:
-        ColumnError, EmptyDatasetError, EmptyTextError, MissingLabelsError: as their names say.
+        ColumnError, EmptyDatasetError, EmptyTextError, MissingLabelsError, SourceError, SplitError: as their names say.
     """
-    if isinstance(source, tuple) and len(source) == 2:
-        columns: dict[str, Any] = {"text": _listed(source[0]), "label": _listed(source[1])}
-        if any(isinstance(text, (tuple, list)) for text in columns["text"]):
-            if not all(isinstance(text, (tuple, list)) and len(text) == 2 for text in columns["text"]):
-                raise ColumnError(f"The texts of the {role} data should all be strings, or all pairs of strings.")
-            columns["text"], columns["text_pair"] = map(list, zip(*columns["text"], strict=True))
-        text_column, label_column, names = None, None, None
-    else:
-        columns, names = _columns(source, role)
-    if not columns or not any(len(values) for values in columns.values()):
-        raise EmptyDatasetError(f"The {role} data has no rows.")
-    text_names = _text_columns(columns, text_column, role)
-    label_name = _label_column(columns, label_column, text_names, role)
-    texts = _texts(columns[text_names[0]], role)
-    pairs = _texts(columns[text_names[1]], role) if len(text_names) == 2 else None
-    labels = list(columns[label_name])
+    if isinstance(source, tuple):
+        text_column, label_column = None, None
+    table = open_table(source, role)
+    _demand_rows(bool(table.columns), role)
+    text_names = _text_columns(table.columns, text_column, role)
+    label_name = _label_column(table.columns, label_column, text_names, role)
+    *columns, labels = table.read([*text_names, label_name])
+    _demand_rows(any(map(len, [*columns, labels])), role)
+    texts = _texts(columns[0], role)
+    pairs = _texts(columns[1], role) if len(columns) == 2 else None
     if pairs is not None and len(pairs) != len(texts):
         raise ColumnError(f"The {role} data has {len(texts)} first texts but {len(pairs)} second ones.")
     if len(labels) != len(texts):
@@ -94,16 +107,16 @@ def read_rows(
         )
     if not any(text.strip() for text in texts):
         raise EmptyTextError(f"All {len(texts)} texts of the {role} data are empty.")
-    return Rows(texts, pairs, labels, names.get(label_name) if names else None)
+    return Rows(texts, pairs, labels, table.class_names.get(label_name))
 
 
 def read_texts(source: Any, *, text_column: str | Sequence[str] | None = None) -> tuple[list[str], list[str] | None]:
     """Only the texts (and their pairs) of a data set, for prediction. Same columns and errors as :func:`read_rows`."""
-    columns, _ = _columns(source, "input")
-    if not columns or not any(len(values) for values in columns.values()):
-        raise EmptyDatasetError("The input data has no rows.")
-    names = _text_columns(columns, text_column, "input")
-    return _texts(columns[names[0]], "input"), _texts(columns[names[1]], "input") if len(names) == 2 else None
+    table = open_table(source, "input")
+    _demand_rows(bool(table.columns), "input")
+    columns = [_texts(values, "input") for values in table.read(_text_columns(table.columns, text_column, "input"))]
+    _demand_rows(any(map(len, columns)), "input")
+    return columns[0], columns[1] if len(columns) == 2 else None
 
 
 def label_names(rows: Rows, config_names: Sequence[str], problem_type: ProblemType) -> tuple[str, ...]:
@@ -130,16 +143,18 @@ def label_names(rows: Rows, config_names: Sequence[str], problem_type: ProblemTy
     return tuple(f"LABEL_{i}" for i in range(max([*whole, len(config_names) - 1]) + 1))
 
 
-def encode_labels(rows: Rows, names: tuple[str, ...], problem_type: ProblemType, role: str) -> np.ndarray:
+def encode_labels(rows: Rows, names: tuple[str, ...], problem_type: ProblemType, role: Role) -> np.ndarray:
     """Labels as an array: class ids ``(n,)``, indicators ``(n, K)`` or numbers ``(n,)``.
 
     Raises:
         LabelTypeError: words or fractions where ids are due, words or non-finite values where numbers are.
+        MissingLabelsError: the id -1, which stands for no label.
         UnknownLabelError: a name or id outside ``names``.
         OneClassError: training rows of a single class.
     """
     if problem_type == "regression":
         return _numbers(rows.labels, role)
+    _demand_labelled(rows, problem_type, role)
     encode = _LabelEncoder(rows, names, problem_type, role)
     if problem_type == "multi_label_classification":
         return _indicators(rows, names, encode, role)
@@ -152,15 +167,25 @@ def encode_labels(rows: Rows, names: tuple[str, ...], problem_type: ProblemType,
     array = np.array([encode(value) for value in rows.labels], dtype=np.int64)
     if role == "train" and len(np.unique(array)) < 2:
         raise OneClassError(
-            f"All {len(array)} training rows have the label {names[int(array[0])]!r}; a classifier needs two."
+            f"All {len(array)} training rows have the label {names[int(array[0])]!r}; a classifier needs two classes."
         )
     return array
+
+
+def _demand_labelled(rows: Rows, problem_type: ProblemType, role: Role) -> None:
+    unlabelled = sum(_is_number(value) and value == -1 for value in _flat(rows.labels, problem_type))
+    if unlabelled:
+        raise MissingLabelsError(
+            f"{unlabelled} of {len(rows)} {role} rows have the label -1, which stands for none, as in GLUE's test "
+            'splits. Drop them: data.filter(lambda row: row["label"] != -1). If -1 is one of your classes, give the '
+            "labels as strings."
+        )
 
 
 class _LabelEncoder:
     """One label, a name or an id, as the model's id."""
 
-    def __init__(self, rows: Rows, names: tuple[str, ...], problem_type: ProblemType, role: str) -> None:
+    def __init__(self, rows: Rows, names: tuple[str, ...], problem_type: ProblemType, role: Role) -> None:
         self.names, self.problem_type, self.role = names, problem_type, role
         self.ids = {name: i for i, name in enumerate(names)}
         # The data set's own ids need not be the model's: go through the names where both have them.
@@ -181,10 +206,6 @@ class _LabelEncoder:
             return self.ids[value]
         if not _is_whole(value):
             raise _label_type_error([value], self.problem_type)
-        if int(value) == -1:
-            raise MissingLabelsError(
-                f"The {self.role} data has the label -1, which stands for none (as in GLUE's test splits)."
-            )
         if not 0 <= int(value) < len(self.names):
             raise UnknownLabelError(
                 f"The {self.role} data has the label id {int(value)}; there are {len(self.names)} labels, ids 0 to "
@@ -193,7 +214,7 @@ class _LabelEncoder:
         return self.ids[self.own[int(value)]] if self.own is not None else int(value)
 
 
-def _indicators(rows: Rows, names: tuple[str, ...], encode: _LabelEncoder, role: str) -> np.ndarray:
+def _indicators(rows: Rows, names: tuple[str, ...], encode: _LabelEncoder, role: Role) -> np.ndarray:
     flat = [value for value in rows.labels if not isinstance(value, (list, tuple, np.ndarray, set))]
     if flat:
         raise LabelTypeError(f"A multi-label row should be a list of labels; the {role} data has {flat[0]!r}.")
@@ -213,39 +234,12 @@ def _indicators(rows: Rows, names: tuple[str, ...], encode: _LabelEncoder, role:
     return array
 
 
-def _columns(source: Any, role: str) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
-    if isinstance(getattr(source, "column_names", None), Mapping):
-        raise ColumnError(
-            f"The {role} data is a {type(source).__name__} with splits {', '.join(source.column_names)}. Pass one of "
-            "them."
-        )
-    if all(hasattr(source, name) for name in ("features", "column_names", "__len__")):  # datasets.Dataset
-        names = {}
-        for column, feature in source.features.items():
-            inner = getattr(feature, "feature", feature)
-            if getattr(inner, "names", None):
-                names[column] = tuple(inner.names)
-        return {column: source[column][:] for column in source.column_names}, names
-    if hasattr(source, "columns") and hasattr(source, "to_dict"):  # pandas
-        plain = source.astype(object)
-        plain = plain.where(plain.notna(), None)  # one kind of missing value
-        return {str(column): plain[column].tolist() for column in plain.columns}, {}
-    if isinstance(source, Mapping):
-        return {str(name): _listed(values) for name, values in source.items()}, {}
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        if not source:
-            return {}, {}
-        if all(isinstance(row, Mapping) for row in source):
-            return {str(name): [row.get(name) for row in source] for name in source[0]}, {}
-        if all(isinstance(row, str) for row in source):
-            raise MissingLabelsError(f"The {role} data holds texts without labels. Pass a pair: (texts, labels).")
-    raise CalibrationError(
-        f"The {role} data is a {type(source).__name__}. Pass a datasets.Dataset, a pandas DataFrame, a dict of "
-        "columns, a list of dicts, or a pair (texts, labels). Of a stream, take a part: list(stream.take(10_000))."
-    )
+def _demand_rows(found: bool, role: Role) -> None:
+    if not found:
+        raise EmptyDatasetError(f"The {role} data has no rows.")
 
 
-def _text_columns(columns: Mapping[str, Any], given: str | Sequence[str] | None, role: str) -> tuple[str, ...]:
+def _text_columns(columns: Sequence[str], given: str | Sequence[str] | None, role: Role) -> tuple[str, ...]:
     if given is not None:
         wanted = (given,) if isinstance(given, str) else tuple(given)
         absent = [name for name in wanted if name not in columns]
@@ -254,32 +248,36 @@ def _text_columns(columns: Mapping[str, Any], given: str | Sequence[str] | None,
                 f"text_column={given!r} should name one or two of the {role} data's columns: {', '.join(columns)}."
             )
         return wanted
-    for pair in _PAIR_COLUMNS:
-        if all(name in columns for name in pair):
-            return pair
-    for name in _TEXT_COLUMNS:
-        if name in columns:
-            return (name,)
+    by_name = _without_case(columns)
+    for names in (*_PAIR_COLUMNS, *((name,) for name in _TEXT_COLUMNS)):
+        if all(name in by_name for name in names):
+            return tuple(by_name[name] for name in names)
     raise ColumnError(
         f'No text column among {", ".join(columns)} of the {role} data. Name it with text_column="...", or two for '
         "sentence pairs."
     )
 
 
-def _label_column(columns: Mapping[str, Any], given: str | None, texts: Sequence[str], role: str) -> str:
+def _label_column(columns: Sequence[str], given: str | None, texts: Sequence[str], role: Role) -> str:
     if given is not None:
         if given not in columns:
             raise ColumnError(f"label_column={given!r} is not among the {role} data's columns: {', '.join(columns)}.")
         return given
+    by_name = _without_case(columns)
     for name in _LABEL_COLUMNS:
-        if name in columns and name not in texts:
-            return name
+        if name in by_name and by_name[name] not in texts:
+            return by_name[name]
     raise ColumnError(
         f'No label column among {", ".join(columns)} of the {role} data. Name it with label_column="...".'
     )
 
 
-def _texts(values: Any, role: str) -> list[str]:
+def _without_case(columns: Sequence[str]) -> dict[str, str]:
+    """Columns by their lower-case names; the first of two that differ in case alone."""
+    return {name.lower(): name for name in reversed(columns)}
+
+
+def _texts(values: Any, role: Role) -> list[str]:
     texts = list(values)
     wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None:
@@ -289,7 +287,7 @@ def _texts(values: Any, role: str) -> list[str]:
     return texts
 
 
-def _numbers(labels: list[Any], role: str) -> np.ndarray:
+def _numbers(labels: list[Any], role: Role) -> np.ndarray:
     try:
         array = np.array([float(value) for value in labels], dtype=np.float64)
     except (TypeError, ValueError):
@@ -302,11 +300,6 @@ def _numbers(labels: list[Any], role: str) -> np.ndarray:
     if role == "train" and np.ptp(array) == 0:
         raise OneClassError(f"All {len(array)} training rows have the value {array[0]}; there is nothing to learn.")
     return array
-
-
-def _listed(values: Any) -> list[Any]:
-    """A list of plain values, from an array or tensor too."""
-    return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
 def _flat(labels: list[Any], problem_type: ProblemType) -> list[Any]:

@@ -9,6 +9,14 @@ class CalibrationError(ValueError):
     """Base of them all."""
 
 
+class SourceError(CalibrationError):
+    """A file, a folder or a data set on the Hub that is not there or can't be read."""
+
+
+class SplitError(CalibrationError):
+    """A split that is missing or ambiguous."""
+
+
 class ColumnError(CalibrationError):
     """Text or label columns are missing or ambiguous."""
 

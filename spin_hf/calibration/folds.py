@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +13,13 @@ from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 from ..modeling_spin import SpinForSequenceClassification
 from .data import Rows, encode_labels, label_names, read_rows
 from .errors import CalibrationError, MissingLabelsError
-
-_HELD_OUT = 0.2
+from .sources import training_splits
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows of ``train`` and then ``eval``, their encoded labels, the (train, evaluate) rows of each fold, and the rows
-    of the final fit.
+    """Rows of ``train`` and then ``eval``, their encoded labels, the (train, evaluate) rows of each fold, the rows of
+    the final fit, how many are those of ``train``, and in words what evaluates.
     """
 
     rows: Rows
@@ -27,24 +27,37 @@ class Prepared:
     labels: np.ndarray
     folds: tuple[tuple[np.ndarray, np.ndarray], ...]
     refit: np.ndarray
+    trained: int
+    evaluated: str
 
 
 def prepare(
-    model: SpinForSequenceClassification, train: Any, eval: Any, cv: int | None, seed: int, **columns: Any
+    model: SpinForSequenceClassification,
+    train: Any,
+    eval: Any,
+    cv: int | None,
+    validation_fraction: float,
+    seed: int,
+    **columns: Any,
 ) -> Prepared:
-    """Read and check all data, and split off what evaluates: ``eval``, or ``cv`` folds, or a fifth of ``train``.
+    """Read and check all data, and split off what evaluates: ``eval`` or the validation split that ``train`` brings, or
+    ``cv`` folds, or a fraction of ``train``.
 
     Raises:
         CalibrationError: one of its kinds, for data or labels that don't fit.
     """
+    if not 0 < validation_fraction < 1:
+        raise CalibrationError(f"validation_fraction must lie between 0 and 1; got {validation_fraction!r}.")
+    train, eval = training_splits(train, eval, cv=cv)
     problem_type = model.config.problem_type
     rows = read_rows(train, "train", **columns)
     names = label_names(rows, [model.config.id2label[i] for i in range(model.config.num_labels)], problem_type)
     labels = encode_labels(rows, names, problem_type, "train")
     if eval is None:
         classes = labels if problem_type == "single_label_classification" else None
-        folds = _folds(classes, len(rows), cv, seed)
-        return Prepared(rows, names, labels, folds, np.arange(len(rows)) if cv else folds[0][0])
+        folds = _folds(classes, len(rows), cv, validation_fraction, seed)
+        refit, evaluated = (np.arange(len(rows)), f"{cv}-fold cross-validation") if cv else (folds[0][0], "held out")
+        return Prepared(rows, names, labels, folds, refit, len(rows), evaluated)
     if cv is not None:
         raise CalibrationError("Give eval or cv, not both.")
     held_out = read_rows(eval, "eval", **columns)
@@ -52,15 +65,17 @@ def prepare(
         raise CalibrationError("train and eval must both have sentence pairs, or neither.")
     both = np.concatenate([labels, encode_labels(held_out, names, problem_type, "eval")])
     first, rest = np.arange(len(rows)), np.arange(len(rows), len(both))
-    return Prepared(rows + held_out, names, both, ((first, rest),), first)
+    return Prepared(rows + held_out, names, both, ((first, rest),), first, len(rows), "validation")
 
 
 def _folds(
-    classes: np.ndarray | None, count: int, cv: int | None, seed: int
+    classes: np.ndarray | None, count: int, cv: int | None, validation_fraction: float, seed: int
 ) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     """Stratified by ``classes`` where there are any."""
     smallest = count if classes is None else int(min(np.bincount(classes)[np.unique(classes)]))
     if cv is not None:
+        if not isinstance(cv, (int, np.integer)):
+            raise CalibrationError(f"cv must be a number of folds; got {cv!r}.")
         if not 2 <= cv <= smallest:
             raise MissingLabelsError(f"cv={cv} needs at least {cv} rows of each class; the rarest has {smallest}.")
         splitter: Any = (KFold if classes is None else StratifiedKFold)(cv, shuffle=True, random_state=seed)
@@ -69,7 +84,13 @@ def _folds(
         raise MissingLabelsError(
             "A class has a single row, so nothing of it can be held out to choose by. Add rows, or give eval."
         )
-    held_out = max(_HELD_OUT, (1 if classes is None else len(np.unique(classes))) / count)
+    least = 1 if classes is None else len(np.unique(classes))
+    held_out = max(validation_fraction, least / count)
+    if count - math.ceil(held_out * count) < least:
+        raise CalibrationError(
+            f"validation_fraction={validation_fraction} of {count} rows leaves less than one row of each class to "
+            "train on. Give a smaller one."
+        )
     kept, held = train_test_split(np.arange(count), test_size=held_out, random_state=seed, stratify=classes)
     return ((np.sort(kept), np.sort(held)),)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
+from datasets import ClassLabel, Dataset, Features, Sequence, Value
 
 from spin_hf.calibration.data import encode_labels, label_names, read_rows, read_texts
 from spin_hf.calibration.errors import (
@@ -138,7 +138,7 @@ def test_pairs_that_are_none(source):
         read_rows(source, "train")
 
 
-@pytest.mark.parametrize("source", ["a text", None, Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()])
+@pytest.mark.parametrize("source", [None, 3, [1, 2]])
 def test_what_is_no_data_set(source):
     with pytest.raises(CalibrationError, match=rf"is a {type(source).__name__}\. Pass"):
         read_rows(source, "train")
@@ -158,7 +158,6 @@ def test_texts_without_labels():
         ({"text": TEXTS, "mood": LABELS}, {}, 'label_column="'),
         ({"text": TEXTS, "label": LABELS}, {"text_column": "body"}, "body"),
         ({"text": TEXTS, "label": LABELS}, {"label_column": "mood"}, "mood"),
-        (DatasetDict(train=Dataset.from_dict({"text": TEXTS})), {}, "splits train"),
     ],
 )
 def test_columns_that_are_not_there(source, options, message):
