@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from spin_hf import SpinForSequenceClassification, spin_calibrate
 from spin_hf.calibration.errors import CalibrationError
 
+SHARDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # gloo's reduce-scatter for FSDP
 QUICK = {"progress": False, "Cs": 4, "etas": (0.5, 1.0), "batch_tokens": 64}
 
 
@@ -104,6 +105,33 @@ def train(folder: Path, batch: int = 4) -> hf.PreTrainedModel:
     return model
 
 
+def finetune(*, shard: bool = False) -> dict[str, torch.Tensor]:
+    """The weights after a few steps of the whole model; sharded, each of two processes has half of every batch."""
+    model = builders.calibrated(
+        builders.make_backbone("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    )
+    model.unfreeze_backbone()
+    model.train()
+    mine = slice(None)
+    if shard:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for block in model.spin.backbone.encoder.layer:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        mine = slice(torch.distributed.get_rank(), None, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for seed in range(3):
+        batch = {**builders.make_batch(seed=seed), "labels": torch.tensor([0, 1, 1, 0])}
+        model(**{name: values[mine] for name, values in batch.items()}).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = model.state_dict()
+    return {name: w.full_tensor() if hasattr(w, "full_tensor") else w for name, w in weights.items()}
+
+
 if __name__ == "__main__":
     hf.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -113,3 +141,5 @@ if __name__ == "__main__":
     elif task == "fail":
         fail(folder)
         save_file(train(folder).score.state_dict(), folder / f"trained.{os.environ['RANK']}.safetensors")
+        if SHARDS:
+            save_file(finetune(shard=True), folder / f"sharded.{os.environ['RANK']}.safetensors")

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 from spin_hf.calibration.ranks import Ranks, _balanced
 
+pytestmark = pytest.mark.timeout(600)  # each launch imports everything several times
+
 HERE = Path(launched.__file__).parent
 
 
@@ -54,7 +56,11 @@ def launch(task, folder, count=2, **more):
     if "KILL_AT" in more:
         processes[1].wait()
         processes[0].kill()
-    errors = [process.communicate()[1] for process in processes]
+    try:
+        errors = [process.communicate()[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     codes = [process.returncode for process in processes]
     assert "KILL_AT" in more or codes == [0] * count, errors
     return codes
@@ -83,20 +89,40 @@ def test_killed_and_gone_on_with_two_processes_or_with_one(alone, tmp_path):
     same(killed / "alone", alone)
 
 
-def test_an_error_of_one_ends_all_and_trainer_makes_the_head_of_a_double_batch(tmp_path):
-    launch("fail", tmp_path)
-    told = [json.loads((tmp_path / f"told.{rank}.json").read_text()) for rank in range(2)]
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory):
+    """The folder in which two processes failed, trained a head and fine-tuned a sharded model, in one launch."""
+    folder = tmp_path_factory.mktemp("worked")
+    launch("fail", folder)
+    return folder
+
+
+def test_an_error_of_one_ends_all(worked):
+    told = [json.loads((worked / f"told.{rank}.json").read_text()) for rank in range(2)]
     assert told[0]["extraction"] == "RankError: Process 1 of 2 failed with RuntimeError: the device is lost"
     assert told[1]["extraction"] == "RuntimeError: the device is lost"
     assert told[0]["batches"] <= 4  # of dozens: it did not go on to its own end
     assert told[0]["data"] == told[1]["data"]
     assert "don't hold the same backbone, texts, labels" in told[0]["data"]
-    together = [load_file(tmp_path / f"trained.{rank}.safetensors") for rank in range(2)]
+
+
+def test_trainer_makes_the_head_of_a_double_batch(worked, tmp_path):
+    together = [load_file(worked / f"trained.{rank}.safetensors") for rank in range(2)]
     single = launched.train(tmp_path, batch=8)
     for name in ("weight", "bias"):
         trained = together[0][name]
         assert torch.equal(trained, together[1][name])
         torch.testing.assert_close(trained, single.score.get_parameter(name).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not launched.SHARDS, reason="needs a gloo that scatters sums")
+def test_a_sharded_model_is_fine_tuned_as_a_whole_one(worked):
+    single = launched.finetune()
+    for rank in range(2):
+        sharded = load_file(worked / f"sharded.{rank}.safetensors")
+        assert set(sharded) == set(single)
+        for name, weight in single.items():
+            torch.testing.assert_close(sharded[name], weight, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_accelerate_launch_writes_once_what_one_process_writes(tmp_path):
