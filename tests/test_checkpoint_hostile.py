@@ -48,13 +48,18 @@ def features(**values):
     return lambda config: config["features"][0].update(values)
 
 
+def unknown_with_code(config):
+    config["backbone_id"] = "someone/model"
+    config["backbone_config"].update(model_type="x", auto_map=EVIL)
+
+
 EVIL = {"AutoConfig": "evil--configuration_x.X", "AutoModel": "evil--modeling_x.X"}
 
 HOSTILE = {
     "trust at the top": (top(trust_remote_code=True), "no file can grant trust"),
     "trust in the backbone's config": (nested(trust_remote_code=True), "no file can grant trust"),
     "trust further down": (nested(text_config={"deep": [{"trust_remote_code": True}]}), "no file can grant trust"),
-    "unknown type with code": (nested(model_type="x", auto_map=EVIL), "runs code from evil"),
+    "unknown type with code": (unknown_with_code, "runs code from evil"),
     "code by an absolute path": (nested(auto_map={"AutoModel": "/tmp/evil.X"}), "not a class of a repository"),
     "code that climbs out": (nested(auto_map={"AutoModel": "../../evil.X"}), "not a class of a repository"),
     "code of a climbing repository": (nested(auto_map={"AutoModel": "../x--evil.X"}), "not a class of a repository"),
@@ -72,13 +77,13 @@ HOSTILE = {
     "a size that is text": (nested(hidden_size="32"), "can't be read|No backbone can be built"),
     "10^12 neurons": (features(count=10**12), "with a count from 1 to"),
     "neurons below zero": (features(count=-1), "with a count from 1 to"),
-    "NaN neurons": (features(count=float("nan")), "with a count from 1 to"),
+    "NaN neurons": (features(count=float("nan")), "count is NaN"),
     "NaN in a size": (nested(hidden_size=float("nan")), "NaN"),
     "NaN in weights of classes": (top(class_weights=[1.0, float("nan")]), "NaN"),
     "more neurons than stored": (features(count=4), "promises .* features, but its weights hold"),
     "features that are no list": (top(features={"a": 1}), "An entry of `features`"),
     "blocks elsewhere": (lambda config: config["layout"].update(blocks="embeddings"), "no list of blocks"),
-    "no layout": (top(layout={"x": 1}), "layout"),
+    "no layout": (top(layout={"x": 1}), "`layout` should look like"),
     "a tap that is none": (features(tap="evil.1"), "not a tap"),
     "a tap that is not there": (features(tap="ffn.9"), "has no ffn.9"),
     "fewer layers than stored taps": (nested(num_hidden_layers=1), "has no"),

@@ -331,7 +331,8 @@ def test_trusted_code_is_taken_at_the_stored_revision(bert_backbone, monkeypatch
     monkeypatch.setattr(hf.AutoModel, "from_config", lambda config, **options: asked.append(options) or bert_backbone)
     with trusting_remote_code(trust):
         SpinForSequenceClassification(config)
-    assert asked == [{"trust_remote_code": trust, **({"code_revision": "abc"} if trust else {})}]
+    code = {"code_revision": "abc"} if trust else {}
+    assert asked == [{"trust_remote_code": trust, "dtype": torch.float32, **code}]
 
 
 def test_a_fresh_head_is_zero(bert_backbone):

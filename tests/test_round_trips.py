@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 from builders import calibrated, make_backbone, make_batch, make_sentiment_rows, make_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from spin_hf import SpinForSequenceClassification
 
@@ -164,6 +167,12 @@ def test_only_a_self_contained_checkpoint_carries_code(matrix):
         assert bool(list(folder.glob("*.py"))) == own
     names = {path.name for path in folders["fresh"]["self_contained"].glob("*.py")}
     assert {"configuration_spin.py", "modeling_spin.py", "pretrained.py", "taps.py", "trust.py"} <= names
+
+
+def test_the_first_file_names_every_other():
+    first = sys.modules[SpinForSequenceClassification.__module__].__file__
+    direct = {str(Path(first).parent / f"{name}.py") for name in get_relative_imports(first)}
+    assert direct | {first} == {*get_relative_import_files(first), first}
 
 
 def test_saving_it_leaves_no_trace_in_the_class(tmp_path, bert_backbone):
