@@ -328,8 +328,9 @@ def _show(scores: dict[str, Any]) -> None:
 
 
 def _name_of(source: str) -> str:
-    """What a card calls the data: the Hub's name, or the file's."""
-    return Path(source).name if Path(source).exists() else source.partition(":")[0]
+    """What a card calls the data: the Hub's name without configuration and split, or the file's or folder's."""
+    name = source if Path(source).exists() else source.partition(":")[0]
+    return Path(name).name if Path(name).exists() else "/".join(name.split("/")[:2])
 
 
 def _save(model: Any, tokenizer: Any, result: CalibrationResult, out: Path, base_model: str | None) -> None:

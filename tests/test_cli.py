@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
-from spin_hf.cli import app
+from spin_hf.cli import _name_of, app
 from spin_hf.demo import load_split
 
 runner = CliRunner()
@@ -82,6 +82,13 @@ def test_calibrate_writes_the_card(classifier, files, minilm_path):
     assert json.loads((classifier / "config.json").read_text())["backbone_id"] == card.data.base_model
     assert json.loads((classifier / "evaluation.json").read_text())["rows"] == 40
     assert not [path for path in (minilm_path, str(files), str(classifier.parent)) if path in text]
+
+
+def test_the_card_names_the_data_without_paths(tmp_path):
+    (tmp_path / "films").mkdir()
+    assert _name_of(f"{tmp_path / 'films'}:train") == "films"
+    assert _name_of("someone/films/plain:train[:100]") == "someone/films"
+    assert _name_of("imdb") == "imdb"
 
 
 def test_evaluate_json_and_tables_agree(classifier, files):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -233,10 +232,6 @@ def test_a_hub_that_fails_halfway_has_nothing_half_written(hub, folders, pushed,
     assert len(error.strip().splitlines()) == 1
 
 
-FORMS = "form" in inspect.signature(SpinForSequenceClassification.save_pretrained).parameters
-
-
-@pytest.mark.skipif(not FORMS, reason="save_pretrained has no forms yet")
 def test_other_forms_are_pushed_with_their_own_card(hub, folders, backbone_folder, tmp_path):
     backbone = fake_hub.Repository(private=False)
     backbone.commit("main", {path.name: path.read_bytes() for path in backbone_folder.iterdir()}, "Tiny BERT")
