@@ -1,11 +1,13 @@
 """The README's Python blocks run, one after another, as a reader would type them."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import spin_hf.demo
+from spin_hf.calibration import recipe
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -13,8 +15,11 @@ README = Path(__file__).parents[1] / "README.md"
 def test_python_blocks_run(minilm_path, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) >= 2
-    whole = spin_hf.demo.load_split
-    monkeypatch.setattr(spin_hf.demo, "load_split", lambda split: whole(split)[:80])  # the same code on less data
+    # The same code on less data and fewer settings.
+    whole, presets = spin_hf.demo.load_split, recipe._PRESETS
+    monkeypatch.setattr(spin_hf.demo, "load_split", lambda split: whole(split)[:80])
+    small = replace(presets["default"], Cs=4, etas=(0.6,), depths=(4,))
+    monkeypatch.setitem(presets, "default", small)
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     for block in blocks:
