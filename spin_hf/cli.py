@@ -178,7 +178,8 @@ def calibrate(
         _show(scores)
     dataset = dataset or _name_of(train)
     write_card(out, test=scores, backbone=backbone, base_model=base_model, dataset=dataset, language=language)
-    _out.print(f'Saved to {out}. Use it: spin-hf predict {out} "your text"', highlight=False, soft_wrap=True)
+    use = "--file PAIRS.csv" if model.config.text_pairs else '"your text"'
+    _out.print(f"Saved to {out}. Use it: spin-hf predict {out} {use}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .calibration.confidence import expected_calibration_error, text_confidence
-from .calibration.errors import ConfidenceError
+from .calibration.errors import ConfidenceError, TextPairError
 from .calibration.extraction import Encoded, check_tokenizer, encode, pad, plan_batches, window
 from .calibration.fingerprint import check_same_tokenizer
 from .calibration.task import METRICS
@@ -93,10 +93,13 @@ def encode_for(
     """Tokenize as calibration did.
 
     Raises:
-        NotCalibratedError, PadTokenError, TokenizerMismatchError: before any work.
+        NotCalibratedError, TextPairError, PadTokenError, TokenizerMismatchError: before any work.
     """
     if not model.calibrated:
         raise NotCalibratedError("This model was never calibrated; run spin_calibrate first.")
+    if model.config.text_pairs not in (None, pairs is not None):
+        wanted = "pairs of texts: give the second ones as pairs=" if pairs is None else "single texts: leave pairs out"
+        raise TextPairError(f"This classifier was calibrated on {wanted}.")
     check_tokenizer(tokenizer, model)
     check_same_tokenizer(tokenizer, model.config.tokenizer)
     limit = model.config.max_text_tokens or window(tokenizer, model)
@@ -140,7 +143,7 @@ def predict(
             ``result.confidence.threshold_for(accuracy=0.95)`` says which one reaches an accuracy.
 
     Raises:
-        NotCalibratedError, ConfidenceError, PadTokenError, TokenizerMismatchError: before any work.
+        NotCalibratedError, ConfidenceError, TextPairError, PadTokenError, TokenizerMismatchError: before any work.
     """
     _check_min_confidence(min_confidence, model.config.problem_type)
     encoded = encode_for(model, tokenizer, texts, pairs)

@@ -209,6 +209,7 @@ def spin_calibrate(
     model.spin.remember_backbone()
     model.set_head(*task.as_logits(final.weight, final.intercept))
     model.config.logit_temperature = 1.0 if confidence is None else confidence.temperature
+    model.config.text_pairs = rows.pairs is not None
     _write_config(model, task, class_weights, limit, tokenizer)
     everything = [probe for ranked in probes for probe in ranked]
     return CalibrationResult(

@@ -21,6 +21,10 @@ class ColumnError(CalibrationError):
     """Text or label columns are missing or ambiguous."""
 
 
+class TextPairError(CalibrationError):
+    """Single texts where pairs are due, or the other way round."""
+
+
 class EmptyDatasetError(CalibrationError):
     """No rows."""
 

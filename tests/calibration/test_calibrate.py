@@ -11,7 +11,7 @@ from builders import BAD, GOOD
 from spin_hf import CalibrationResult, SpinForSequenceClassification, spin_calibrate
 from spin_hf.calibration import CalibrationError, calibrate, stages
 from spin_hf.calibration.confidence import Reliability, to_probabilities
-from spin_hf.calibration.errors import MissingLabelsError, NonFiniteFeaturesError
+from spin_hf.calibration.errors import MissingLabelsError, NonFiniteFeaturesError, TextPairError
 from spin_hf.calibration.heads import HeadFitter
 from spin_hf.demo import load_split
 from spin_hf.prediction import evaluate, predict
@@ -97,6 +97,8 @@ def test_sentence_pairs(wrap, tokenizer, rows):
     result = spin_calibrate(model, tokenizer, train, held_out, **QUICK)
     first, second = map(list, zip(*held_out[0], strict=True))
     scores = evaluate(predict(model, tokenizer, first, second), np.array(held_out[1]))
+    with pytest.raises(TextPairError, match="pairs="):
+        predict(model, tokenizer, first)
     assert scores["accuracy"] == pytest.approx(result.chosen.score)
 
 
