@@ -122,9 +122,8 @@ def read_texts(source: Any, *, text_column: str | Sequence[str] | None = None) -
 def label_names(rows: Rows, config_names: Sequence[str], problem_type: ProblemType) -> tuple[str, ...]:
     """The labels to use: the model's own where they were named, else the data's.
 
-    Whole numbers are ids, counted from 0; where they can't be, such as stars from 1 to 5, each is the name of a label.
-
     Raises:
+        LabelTypeError: for fractions, and numbers that can't be ids, such as stars from 1 to 5.
         UnknownLabelError: if the data has more labels than a model whose labels were named.
     """
     if problem_type == "regression":
@@ -144,7 +143,12 @@ def label_names(rows: Rows, config_names: Sequence[str], problem_type: ProblemTy
         raise _label_type_error(flat, problem_type)
     seen = sorted(set(whole))
     if len(seen) > 1 and seen[-1] >= len(config_names) and (seen[0] > 0 or seen[-1] >= 2 * len(seen)):
-        return tuple(map(str, seen))
+        shown = ", ".join(map(str, seen[:8])) + (", ..." if len(seen) > 8 else "")
+        raise LabelTypeError(
+            f"The labels are the numbers {shown}, but numbers are ids and count from 0. "
+            'Write them as words, such as "4 stars"; or if the data lacks some classes, say '
+            "how many there are with num_labels=... in from_backbone."
+        )
     return tuple(f"LABEL_{i}" for i in range(max([*whole, len(config_names) - 1]) + 1))
 
 
@@ -193,7 +197,6 @@ class _LabelEncoder:
     def __init__(self, rows: Rows, names: tuple[str, ...], problem_type: ProblemType, role: Role) -> None:
         self.names, self.problem_type, self.role = names, problem_type, role
         self.ids = {name: i for i, name in enumerate(names)}
-        self.numbered = all(name.isdigit() for name in names)
         # The data set's own ids need not be the model's: go through the names where both have them.
         given = set(rows.names or ())
         self.own = rows.names if given and given <= set(names) else None
@@ -204,8 +207,6 @@ class _LabelEncoder:
             )
 
     def __call__(self, value: Any) -> int:
-        if self.numbered and self.own is None and _is_whole(value) and int(value) >= 0:
-            value = str(int(value))
         if isinstance(value, str):
             if value not in self.ids:
                 raise UnknownLabelError(
