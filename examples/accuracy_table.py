@@ -6,6 +6,8 @@ Results are appended to a JSON-lines file and skipped when already there, so a s
     python examples/accuracy_table.py --data DATA --model minilm --sets sst2 trec edos imdb
     python examples/accuracy_table.py --data DATA --model PATH/TO/SmolLM2-135M --sets sst2 trec
     python examples/accuracy_table.py --show
+
+Several processes share a calibration: accelerate launch --num_processes 8 examples/accuracy_table.py ... --cache DIR
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
@@ -122,7 +125,8 @@ def spin(path: str, data: Any, metric: str, device: str, cache: Path, **options:
     result = spin_calibrate(
         model, tokenizer, train, validation, metric=metric, cache_dir=cache, progress=sys.stderr.isatty(), **options
     )
-    sys.stderr.write(f"{result}\n")
+    if PartialState().is_main_process:
+        sys.stderr.write(f"{result}\n")
     prediction = predict(model, tokenizer, [row["text"] for row in test])
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     if isinstance(test[0]["label"], str):
@@ -160,9 +164,10 @@ def run(arguments: argparse.Namespace) -> None:
                     "seconds": round(time.perf_counter() - start, 1),
                     "detail": detail,
                 }
-                with arguments.results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                sys.stderr.write(f"{row}\n")
+                if PartialState().is_main_process:
+                    with arguments.results.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                    sys.stderr.write(f"{row}\n")
 
 
 def measure(

@@ -136,10 +136,11 @@ class HeadFitter:
         features = columns.read(self.store, self.device)
         x = features[rows]
         y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
+        indices = [torch.from_numpy(np.flatnonzero(columns.kept(eta, depth))).to(self.device) for eta in etas]
+        sharing = [index for index in indices if len(index) <= len(x)]  # wider ones are solved in the rows' coordinates
         gram: Tensor | None = None
         weight = x.new_zeros(y.shape[1], x.shape[1])  # of the last eta, where the next one starts
-        for eta in etas:
-            index = torch.from_numpy(np.flatnonzero(columns.kept(eta, depth))).to(self.device)
+        for eta, index in zip(etas, indices, strict=True):
             part = x[:, index]
             if self.penalty == "l1":
                 factors = 1.0 / columns.scale.to(x)[index]
@@ -147,11 +148,15 @@ class HeadFitter:
                 points = list(solve_path(part, y, s, loss, Cs, factors=factors, start=start, tol=self.tol))
                 weight[:, index] = points[0].weight
             else:
-                points = self._ridge(part, rows, None if gram is None else gram[index[:, None], index])
-                if gram is None and len(etas) > 1:
+                shared = None
+                if gram is not None and len(index) <= len(x):
+                    places = torch.searchsorted(sharing[-1], index)
+                    shared = gram[places[:, None], places]
+                points = self._ridge(part, rows, shared)
+                if gram is None and len(sharing) > 1:
                     middle = points[len(points) // 2]
                     z = (part @ middle.weight.T + middle.intercept).double()
-                    gram = curvature_gram(x, loss.curvature(z, s.double().to(z.device)))
+                    gram = curvature_gram(x[:, sharing[-1]], loss.curvature(z, s.double().to(z.device)))
             yield eta, [features[held_out][:, index] @ p.weight.T + p.intercept for p in points]
 
     def _ridge(self, x: Tensor, rows: np.ndarray, gram: Tensor | None) -> list[PathPoint]:
