@@ -7,7 +7,7 @@ Results are appended to a JSON-lines file and skipped when already there, so a s
     python examples/accuracy_table.py --data DATA --model PATH/TO/SmolLM2-135M --sets sst2 trec
     python examples/accuracy_table.py --show
 
-Several processes share a calibration: accelerate launch --num_processes 8 examples/accuracy_table.py ... --cache DIR
+Several processes share a calibration: torchrun --nproc-per-node 8 examples/accuracy_table.py ... --cache DIR
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import sys
 import tempfile
 import time
@@ -24,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
@@ -41,6 +41,7 @@ METHODS = ("tfidf", "last layer", "best probe", "spin paper", "spin")
 SETS = {"sst2": "accuracy", "trec": "accuracy", "edos": "macro_f1", "imdb": "accuracy"}
 IMDB_ROWS = 5000
 SEED = 0
+MAIN = os.environ.get("RANK", "0") == "0"  # of the processes of a launch, the one that writes
 CS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
@@ -125,7 +126,7 @@ def spin(path: str, data: Any, metric: str, device: str, cache: Path, **options:
     result = spin_calibrate(
         model, tokenizer, train, validation, metric=metric, cache_dir=cache, progress=sys.stderr.isatty(), **options
     )
-    if PartialState().is_main_process:
+    if MAIN:
         sys.stderr.write(f"{result}\n")
     prediction = predict(model, tokenizer, [row["text"] for row in test])
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
@@ -164,7 +165,7 @@ def run(arguments: argparse.Namespace) -> None:
                     "seconds": round(time.perf_counter() - start, 1),
                     "detail": detail,
                 }
-                if PartialState().is_main_process:
+                if MAIN:
                     with arguments.results.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
                     sys.stderr.write(f"{row}\n")
