@@ -1,7 +1,7 @@
 """Ways to adapt one pretrained model to SST-2: reading it, training a head, gates, LoRA, fine-tuning, SetFit.
 
-Every method that trains gets a small grid of learning rates, tried with the first seed, and its best epoch is kept, both
-by validation; test is scored with the chosen rate alone. Seconds are those of one run at that rate, from texts to
+Every method that trains gets a small grid of learning rates, tried with the first seed, and its best epoch is kept,
+both by validation; test is scored with the chosen rate alone. Seconds are those of one run at that rate, from texts to
 classifier; what starts from a calibrated model includes the calibration. Results are appended to a JSON-lines file and
 skipped when already there, so a stopped run goes on. SetFit needs `pip install setfit`.
 
