@@ -149,7 +149,14 @@ class SpinConfig(PreTrainedConfig):
 
 def _known_keys() -> set[str]:
     own = inspect.signature(SpinConfig.__init__).parameters
-    written_by_others = ("quantization_config", "pad_token_id", "num_labels", "torch_dtype", "_name_or_path")
+    written_by_others = (
+        "quantization_config",
+        "pad_token_id",
+        "num_labels",
+        "torch_dtype",
+        "_name_or_path",
+        "use_cache",
+    )
     return {*own, *PreTrainedConfig().to_dict(), *written_by_others, "name_or_path", "_commit_hash", "auto_map"}
 
 

@@ -16,7 +16,7 @@ from ..depth import why_whole
 from ..modeling_spin import SpinForSequenceClassification
 from ..taps import Tap, model_device, tap_width
 from .cache import open_store
-from .errors import CalibrationError
+from .errors import CalibrationError, demand_between, demand_whole
 from .extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
 from .fingerprint import tokenizer_fingerprint
 from .fits import Fits
@@ -145,8 +145,10 @@ def spin_calibrate(
     if prefer not in ("score", "compact"):
         raise CalibrationError(f"prefer must be 'score' or 'compact'; got {prefer!r}.")
     check_fresh(model, recalibrate=recalibrate)
-    if batch_tokens < 1:
-        raise CalibrationError(f"batch_tokens must be at least 1; got {batch_tokens}.")
+    demand_whole("batch_tokens", batch_tokens, least=1)
+    demand_between("tol", tol, 0, 1)
+    if max_length is not None:
+        demand_whole("max_length", max_length, least=0)
     check_tokenizer(tokenizer, model)
     blocks = model.spin.depth
     tried_depths = _depths(model, recipe, whole=preset == "paper" and not (depths or max_depth))

@@ -41,9 +41,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: SpinForSequenceCl
     """Raise before any work if the tokenizer can't serve this model.
 
     Raises:
+        TokenizerMismatchError: if it is no tokenizer, or has more tokens than the backbone has embeddings.
         PadTokenError: without a pad token.
-        TokenizerMismatchError: if it has more tokens than the backbone has embeddings.
     """
+    if not hasattr(tokenizer, "pad_token_id"):
+        found = "None" if tokenizer is None else f"a {type(tokenizer).__name__}"
+        name = model.config.backbone_id or "the backbone's name"
+        raise TokenizerMismatchError(
+            f"The tokenizer is {found}. Pass the backbone's own: AutoTokenizer.from_pretrained({name!r})."
+        )
     if tokenizer.pad_token_id is None:
         raise PadTokenError(
             "The tokenizer has no pad token, so texts of different lengths could not be batched. "

@@ -240,9 +240,9 @@ def open_table(source: Any, role: Role) -> Table:
     """
     source = split_of(source, role)
     if isinstance(source, tuple) and len(source) == 2:
-        return _of_columns(_paired(source, role))
+        return _of_columns(_paired(source, role), role)
     if isinstance(source, Mapping):
-        return _of_columns(source)
+        return _of_columns(source, role)
     if hasattr(source, "features") and hasattr(source, "column_names"):
         return _of_dataset(source, role)
     if hasattr(source, "columns") and hasattr(source, "to_dict"):
@@ -261,7 +261,7 @@ def _no_data(source: Any, role: Role) -> CalibrationError:
 
 def _paired(source: tuple[Any, Any], role: Role) -> dict[str, list[Any]]:
     texts, labels = map(_plain, source)
-    if any(isinstance(text, (tuple, list)) for text in texts):
+    if not isinstance(texts, str) and any(isinstance(text, (tuple, list)) for text in texts):
         if not all(isinstance(text, (tuple, list)) and len(text) == 2 for text in texts):
             raise ColumnError(f"The texts of the {role} data should all be strings, or all pairs of strings.")
         first, second = map(list, zip(*texts, strict=True))
@@ -269,9 +269,19 @@ def _paired(source: tuple[Any, Any], role: Role) -> dict[str, list[Any]]:
     return {"text": texts, "label": labels}
 
 
-def _of_columns(columns: Mapping[Any, Any]) -> Table:
-    by_name = {str(name): values for name, values in columns.items()}
-    return Table(tuple(by_name), lambda names: [list(_plain(by_name[name])) for name in names])
+def _of_columns(columns: Mapping[Any, Any], role: Role) -> Table:
+    by_name = {str(name): _plain(values) for name, values in columns.items()}
+
+    def read(names: Sequence[str]) -> list[list[Any]]:
+        for name in names:
+            if isinstance(by_name[name], (str, bytes)) or not isinstance(by_name[name], Iterable):
+                raise ColumnError(
+                    f"The column {name!r} of the {role} data is a single {type(by_name[name]).__name__}. Pass a list, "
+                    "with a value for each row."
+                )
+        return [list(by_name[name]) for name in names]
+
+    return Table(tuple(by_name), read)
 
 
 def _of_frame(frame: Any) -> Table:
@@ -307,6 +317,11 @@ def _of_rows(rows: Iterable[Any], role: Role, class_names: Mapping[str, tuple[st
     first = next(iterator, None)
     if isinstance(first, str):
         raise MissingLabelsError(f"The {role} data holds texts without labels. Pass a pair: (texts, labels).")
+    if isinstance(first, (list, tuple)):
+        raise CalibrationError(
+            f"The {role} data is a list that begins with a {type(first).__name__}. Texts with their labels are a tuple "
+            "of two lists: (texts, labels), or of rows like these tuple(zip(*rows))."
+        )
     if first is not None and not isinstance(first, Mapping):
         raise _no_data(rows, role)
 
