@@ -63,8 +63,9 @@ def load(source: str | Path) -> Any:
     if not path.exists():
         name, _, split = name.partition(":")
         path, split = Path(name), split or None
-    bars = datasets.are_progress_bars_disabled()
+    bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says of a bad file is in the error too
     try:
         if path.is_dir():
             return _load_folder(path, split)
@@ -74,6 +75,8 @@ def load(source: str | Path) -> Any:
         if path.exists() or isinstance(source, Path):
             there = "has none of the endings" if path.exists() else "is neither a folder nor a file with one of"
             raise SourceError(f"{source} {there} {', '.join(_READERS)} (or one of them and .gz).")
+        if name.endswith(("/", "\\")) or name.startswith((".", "/", "~")):
+            raise SourceError(f"{source} is not there: no file and no folder has this name.")
         return _load_from_hub(name, split)
     except datasets.exceptions.DatasetGenerationError as error:
         raise SourceError(f"{source} can't be read: {error.__cause__ or error}") from error
@@ -82,6 +85,7 @@ def load(source: str | Path) -> Any:
             raise
         raise SourceError(f"{source} can't be read: {error}") from error
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if not bars:
             datasets.enable_progress_bars()
 
@@ -114,7 +118,12 @@ def _load_folder(path: Path, split: str | None) -> Any:
             found = ", ".join(data) if isinstance(data, Mapping) else "none"
             raise SplitError(f"{path} has no split {split!r}; it has: {found}.")
         return data[split]
-    return _load_afresh(str(path.resolve()), split=split)
+    try:
+        return _load_afresh(str(path.resolve()), split=split)
+    except FileNotFoundError:
+        raise SourceError(
+            f"The folder {path} holds no data: neither {', '.join(_READERS)} files nor what save_to_disk writes."
+        ) from None
 
 
 def _load_afresh(name: str, **options: Any) -> Any:
