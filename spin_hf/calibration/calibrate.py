@@ -94,7 +94,8 @@ def spin_calibrate(
         multiclass: ``"multinomial"`` or ``"ovr"`` (one-vs-rest), for more than two classes.
         preset: ``"default"``, or ``"paper"``: the rules of SPIN (Jiao et al. 2024, Tables 7 and 8), solved to
             convergence: one kind, one pooling and one C for all layers, its grids of C and eta, raw features, an L1
-            head, full depth. Candidates above ``max_features`` are left out, as in the default. Where the authors' code
+            head, full depth. Candidates above ``max_features`` are left out, as in the default; the result counts
+            them. Where the authors' code
             differs from their text we follow
 
             - the code in salience: the squared weight (text: the normalised absolute weight);
@@ -203,7 +204,7 @@ def spin_calibrate(
                 probes = probe_all(taps, store, data, recipe, tol, fits, ranks, show)
             with clock("heads"):
                 fitter = HeadFitter(store, data, device, penalty=recipe.head)
-                tried = try_heads(fitter, probes, recipe, tried_depths, tol, fits, ranks, show)
+                tried, skipped = try_heads(fitter, probes, recipe, tried_depths, tol, fits, ranks, show)
                 choose = partial(conclude, fitter, tried, probes, prefer=prefer, tol=tol, seed=seed, last=last)
                 choice = ranks.on_main(choose)
     final, confidence = choice.final, choice.confidence
@@ -263,6 +264,7 @@ def spin_calibrate(
             "blocks": blocks,
         },
         confidence=confidence,
+        skipped=skipped,
     )
 
 

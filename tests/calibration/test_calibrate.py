@@ -279,6 +279,19 @@ def test_limits_hold_and_compact_is_smaller(wrap, tokenizer, rows):
         spin_calibrate(wrap(), tokenizer, train, held_out, max_features=1, Cs=[50.0], progress=False)
 
 
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_candidates_with_too_many_features_are_counted(wrap, tokenizer, rows, preset):
+    options = {"progress": False, "preset": preset, "kinds": ["hidden"], "poolings": ["mean"], "Cs": [0.1, 1.0]}
+    every = spin_calibrate(wrap(), tokenizer, rows, **options)
+    assert every.skipped == 0
+    assert "left out" not in str(every)
+    limit = sorted({c.num_features for c in every.candidates})[len(every.candidates) // 3]
+    some = spin_calibrate(wrap(), tokenizer, rows, max_features=limit, **options)
+    assert 0 < some.skipped == sum(c.num_features > limit for c in every.candidates)
+    assert len(some.candidates) + some.skipped == len(every.candidates)
+    assert f"{some.skipped} more were left out: they have more than max_features={limit} features." in str(some)
+
+
 def test_weights_of_rows_and_classes_matter(wrap, tokenizer, rows):
     texts, labels = rows
     rare = [i for i, y in enumerate(labels) if y == 0 or i % 8 == 1]
