@@ -17,6 +17,7 @@ from ..modeling_spin import SpinForSequenceClassification, SpinModel
 from ..pooling import pool
 from ..taps import Tap, model_device, record
 from .errors import EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
+from .fingerprint import vocabulary_of
 from .store import FORMAT, FeatureStore
 
 _NO_LIMIT = 10**6  # tokenizers without a limit report an absurdly large one
@@ -56,7 +57,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: SpinForSequenceCl
             "Padding is masked out, so any token will do: tokenizer.pad_token = tokenizer.eos_token"
         )
     rows = _embedding_rows(model.spin)
-    highest = max(tokenizer.get_vocab().values(), default=0)
+    highest = vocabulary_of(tokenizer).highest
     if rows is not None and highest >= rows:
         raise TokenizerMismatchError(
             f"The tokenizer's ids go up to {highest}, but the backbone embeds only {rows} tokens. "
