@@ -254,6 +254,7 @@ def spin_calibrate(
             **asdict(recipe),
             "preset": preset,
             "prefer": prefer,
+            "recalibrate": recalibrate,
             "cv": cv,
             "validation_fraction": validation_fraction,
             "class_weight": class_weights,
