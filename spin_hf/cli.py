@@ -18,10 +18,17 @@ from rich.table import Column, Table
 
 from .calibration import CalibrationResult
 from .hub.command import push
-from .loading import UserError, load_classifier, load_tokenizer, pick_device, telling_what_fails
+from .loading import (
+    UserError,
+    load_classifier,
+    load_tokenizer,
+    pick_device,
+    telling_what_fails,
+    texts_to_predict,
+)
+from .wording import in_shell_words
 
 app = typer.Typer(
-    help="Turn a pretrained Hugging Face model into a text classifier without training it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,6 +36,23 @@ app = typer.Typer(
 _out = Console()
 _err = Console(stderr=True)
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"spin_hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and stop.")
+    ] = False,
+) -> None:
+    """Turn a pretrained Hugging Face model into a text classifier without training it."""
 
 
 class _Problem(str, Enum):
@@ -70,7 +94,7 @@ def _one_line_errors(command: _F) -> _F:
             return ending_together(command)(*args, **kwargs)
         except known as error:
             if Ranks.here().main:
-                _err.print("[red]error:[/red]", escape(" ".join(str(error).split())), highlight=False, soft_wrap=True)
+                _err.print("[red]error:[/red]", escape(in_shell_words(str(error))), highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
     return wrapped  # type: ignore[return-value]
@@ -80,6 +104,8 @@ _DATA_HELP = "csv, tsv, json, jsonl or parquet file, a folder, or NAME[/CONFIG][
 TextColumn = Annotated[list[str] | None, typer.Option(help="Column of the texts; twice for sentence pairs.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels.")]
 MinConfidence = Annotated[float | None, typer.Option(help="Abstain from texts of a lower confidence, 0 to 1.")]
+Model = Annotated[str, typer.Argument(help="Folder or Hub id of a classifier.")]
+Backbone = Annotated[str | None, typer.Option(help="Of a head-only classifier: the backbone's folder or Hub id.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the backbone's repository.")]
 
 
@@ -131,6 +157,10 @@ def calibrate(
     ranks = Ranks.here()
     if Path(backbone).is_dir() and Path(backbone).resolve() == out.resolve():
         raise UserError(f"--out {out} is the backbone's own folder, whose upper blocks would be lost. Name another.")
+    if revision is not None and Path(backbone).is_dir():
+        raise UserError(f"--revision is for a backbone on the Hub, and {backbone} is a folder. Leave it out.")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be at least 1; got {limit}.")
     demand_writable(out)
     check_base_model(base_model)
     columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
@@ -185,40 +215,54 @@ def calibrate(
 @app.command()
 @_one_line_errors
 def predict(
-    model: Annotated[Path, typer.Argument(help="Folder of a classifier.")],
+    model: Model,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")] = None,
     file: Annotated[
-        Path | None, typer.Option(help="csv, tsv, json, jsonl, parquet, or txt with a text a line.")
+        Path | None,
+        typer.Option(help="csv, tsv, json, jsonl, parquet, or txt with a text a line, or none."),
     ] = None,
     text_column: TextColumn = None,
     min_confidence: MinConfidence = None,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
+    backbone: Backbone = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Classify texts; one JSON object a line goes to standard output."""
+    """Classify texts; for each one a JSON object goes to a line of standard output."""
     from .prediction import predict as predict_texts
 
-    first, second = _texts_to_predict(texts, file, text_column)
-    classifier, tokenizer = load_classifier(model, device, trust_remote_code)
+    first, second = texts_to_predict(texts, file, text_column)
+    given = [i for i, text in enumerate(first) if text.strip() or (second is not None and second[i].strip())]
+    if not given:
+        raise UserError("No texts: give some as arguments, with --file, or on standard input.")
+    classifier, tokenizer = load_classifier(model, device, trust_remote_code, backbone)
     prediction = predict_texts(
-        classifier, tokenizer, first, second, batch_tokens=batch_tokens, min_confidence=min_confidence
+        classifier,
+        tokenizer,
+        [first[i] for i in given],
+        None if second is None else [second[i] for i in given],
+        batch_tokens=batch_tokens,
+        min_confidence=min_confidence,
     )
+    answers = dict(zip(given, map(prediction.row, range(len(given))), strict=True))
+    answer = next(iter(prediction.row(0)))  # "label", "labels" or "value"
     for i, text in enumerate(first):
         shown = {"text": text} if second is None else {"text": text, "text_pair": second[i]}
-        sys.stdout.write(json.dumps({**shown, **prediction.row(i)}, ensure_ascii=False) + "\n")
+        found = answers.get(i, {answer: None, "reason": "no text"})
+        sys.stdout.write(json.dumps({**shown, **found}, ensure_ascii=False) + "\n")
 
 
 @app.command()
 @_one_line_errors
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Folder of a classifier.")],
+    model: Model,
     data: Annotated[str, typer.Argument(help=_DATA_HELP)],
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
     min_confidence: MinConfidence = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
+    backbone: Backbone = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score a classifier on labelled texts, with the confusion matrix."""
@@ -226,7 +270,7 @@ def evaluate(
     from .scoring import score_rows
 
     rows = split_of(data, "test")
-    classifier, tokenizer = load_classifier(model, device, trust_remote_code)
+    classifier, tokenizer = load_classifier(model, device, trust_remote_code, backbone)
     columns = {"text_column": text_column, "label_column": label_column}
     values = score_rows(classifier, tokenizer, rows, min_confidence=min_confidence, **columns)
     if as_json:
@@ -344,24 +388,3 @@ def _save(model: Any, tokenizer: Any, result: CalibrationResult, out: Path, base
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     result.save(out / "calibration.json")
-
-
-def _texts_to_predict(
-    texts: list[str] | None, file: Path | None, text_column: list[str] | None
-) -> tuple[list[str], list[str] | None]:
-    from .calibration.data import read_texts
-
-    if texts and file:
-        raise UserError("Give texts or --file, not both.")
-    if texts:
-        return texts, None
-    if file is not None and file.suffix != ".txt":
-        return read_texts(file, text_column=text_column)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file else sys.stdin.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file or 'standard input'} can't be read: {error}") from None
-    lines = [line for line in lines if line.strip()]
-    if not lines:
-        raise UserError("No texts: give some as arguments, with --file, or on standard input.")
-    return lines, None

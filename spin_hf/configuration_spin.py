@@ -16,6 +16,7 @@ from .trust import check_values, checked_features, checked_layout, remote_code_i
 logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
+_SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads")  # the backbone's; shown, and never read
 
 
 class SpinConfig(PreTrainedConfig):
@@ -70,6 +71,7 @@ class SpinConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         given = {name: value for name, value in kwargs.items() if not name.endswith("_implementation")}
+        kwargs = {name: value for name, value in kwargs.items() if name not in _SHAPE}
         check_values({**given, "backbone_id": backbone_id, "class_weights": class_weights, "layout": layout})
         if not isinstance(spin_format, int) or spin_format > FORMAT_VERSION:
             raise CheckpointError(
@@ -108,6 +110,12 @@ class SpinConfig(PreTrainedConfig):
     def hidden_size(self) -> int | None:
         """The backbone's; asked for by Trainer and DeepSpeed integrations."""
         return None if self.backbone_config is None else self.backbone_config.get_text_config().hidden_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, and of the backbone's shape what tools look for in any config; PEFT for one."""
+        text = None if self.backbone_config is None else self.backbone_config.get_text_config()
+        shape = {name: getattr(text, name, None) for name in _SHAPE}
+        return {**super().to_dict(), **{name: value for name, value in shape.items() if isinstance(value, int)}}
 
     @property
     def vocab_size(self) -> int:
@@ -149,8 +157,12 @@ class SpinConfig(PreTrainedConfig):
 
 def _known_keys() -> set[str]:
     own = inspect.signature(SpinConfig.__init__).parameters
-    written_by_others = ("quantization_config", "pad_token_id", "num_labels", "torch_dtype", "_name_or_path")
-    return {*own, *PreTrainedConfig().to_dict(), *written_by_others, "name_or_path", "_commit_hash", "auto_map"}
+    written_by_others = (
+        *("quantization_config", "pad_token_id", "num_labels", "torch_dtype"),
+        *("_name_or_path", "name_or_path", "_commit_hash", "auto_map"),
+        "use_cache",  # set by Trainer
+    )
+    return {*own, *_SHAPE, *PreTrainedConfig().to_dict(), *written_by_others}
 
 
 class SealedConfig(PreTrainedConfig):

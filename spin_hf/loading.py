@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +64,41 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> Any:
     return tokenizer
 
 
-def load_classifier(folder: Path, device: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A saved classifier, on a device, and its tokenizer."""
+def load_classifier(
+    source: str, device: str | None, trust_remote_code: bool, backbone: str | None = None
+) -> tuple[Any, Any]:
+    """A saved classifier, on a device, and its tokenizer; ``backbone`` is that of a head-only one."""
     from .modeling_spin import SpinForSequenceClassification
 
-    with telling_what_fails(str(folder)):
-        model = SpinForSequenceClassification.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return model.to(pick_device(device)), load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    with telling_what_fails(source):
+        model = SpinForSequenceClassification.from_pretrained(
+            source, backbone=backbone, trust_remote_code=trust_remote_code
+        )
+    return model.to(pick_device(device)), load_tokenizer(source, trust_remote_code=trust_remote_code)
+
+
+def texts_to_predict(
+    texts: list[str] | None, file: Path | None, text_column: list[str] | None
+) -> tuple[list[str], list[str] | None]:
+    """The texts of a ``predict`` command, and their pairs: its arguments, a file's, or lines of standard input.
+
+    Of a ``.txt`` file every line counts, so that outputs stand in the lines of their texts.
+
+    Raises:
+        UserError: for options that don't go together, or a file that can't be read.
+    """
+    from .calibration.data import read_texts
+
+    if texts and file:
+        raise UserError("Give texts or --file, not both.")
+    if text_column and (file is None or file.suffix == ".txt"):
+        raise UserError("--text-column names a column, and these texts have none. Leave it out.")
+    if texts:
+        return texts, None
+    if file is not None and file.suffix != ".txt":
+        return read_texts(file, text_column=text_column)
+    try:
+        lines = (file.read_text(encoding="utf-8-sig") if file else sys.stdin.read()).split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file or 'standard input'} can't be read: {error}") from None
+    return lines[:-1] if lines[-1] == "" else lines, None

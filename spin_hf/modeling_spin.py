@@ -373,6 +373,8 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
             TapError: if no blocks are found.
         """
         problem_type = problem_type or "single_label_classification"
+        if unknown := sorted({"id2label", "label2id"} & kwargs.keys()):  # the backbone's config would swallow them
+            raise ValueError(f"Name labels in the order of their ids, by labels=[...] instead of {unknown[0]}=.")
         names = _label_names(labels, num_labels, problem_type)
         if hasattr(backbone, "peft_config"):
             raise ValueError(
@@ -527,6 +529,8 @@ def _label_names(labels: Sequence[str] | None, num_labels: int | None, problem_t
     known = ("single_label_classification", "multi_label_classification", "regression")
     if problem_type not in known:
         raise ValueError(f"problem_type must be one of {', '.join(known)}; got {problem_type!r}.")
+    if isinstance(labels, str):
+        raise ValueError(f"labels must be a list of names; got {labels!r}.")
     if labels is not None and num_labels is not None and len(labels) != num_labels:
         raise ValueError(f"labels names {len(labels)} labels, num_labels says {num_labels}. Give one of them.")
     if labels is not None and len(set(labels)) != len(labels):

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .calibration.confidence import expected_calibration_error, text_confidence
-from .calibration.errors import ConfidenceError, TextPairError
+from .calibration.data import read_texts
+from .calibration.errors import ConfidenceError, TextPairError, demand_whole
 from .calibration.extraction import Encoded, check_tokenizer, encode, pad, plan_batches, window
 from .calibration.fingerprint import check_same_tokenizer
 from .calibration.task import METRICS
@@ -93,7 +94,8 @@ def encode_for(
     """Tokenize as calibration did.
 
     Raises:
-        NotCalibratedError, TextPairError, PadTokenError, TokenizerMismatchError: before any work.
+        CalibrationError: one of its kinds, for texts or a tokenizer that don't fit, before any work.
+        NotCalibratedError: likewise.
     """
     if not model.calibrated:
         raise NotCalibratedError("This model was never calibrated; run spin_calibrate first.")
@@ -102,8 +104,8 @@ def encode_for(
         raise TextPairError(f"This classifier was calibrated on {wanted}.")
     check_tokenizer(tokenizer, model)
     check_same_tokenizer(tokenizer, model.config.tokenizer)
-    limit = model.config.max_text_tokens or window(tokenizer, model)
-    return encode(tokenizer, list(texts), None if pairs is None else list(pairs), limit)
+    texts, pairs = read_texts({"text": texts} if pairs is None else {"text": texts, "text_pair": pairs})
+    return encode(tokenizer, texts, pairs, model.config.max_text_tokens or window(tokenizer, model))
 
 
 def batches(
@@ -143,9 +145,11 @@ def predict(
             ``result.confidence.threshold_for(accuracy=0.95)`` says which one reaches an accuracy.
 
     Raises:
-        NotCalibratedError, ConfidenceError, TextPairError, PadTokenError, TokenizerMismatchError: before any work.
+        CalibrationError: one of its kinds, for texts, options or a tokenizer that don't fit, before any work.
+        NotCalibratedError: likewise.
     """
     _check_min_confidence(min_confidence, model.config.problem_type)
+    demand_whole("batch_tokens", batch_tokens, least=1)
     encoded = encode_for(model, tokenizer, texts, pairs)
     model.eval()
     logits = torch.empty(len(encoded.input_ids), model.config.num_labels)
@@ -193,5 +197,5 @@ def _check_min_confidence(value: float | None, problem_type: str) -> None:
         return
     if problem_type == "regression":
         raise ConfidenceError("Regression predicts a number without a confidence; leave min_confidence out.")
-    if not 0 <= value <= 1:
+    if not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
         raise ConfidenceError(f"min_confidence must be a probability, between 0 and 1; got {value!r}.")

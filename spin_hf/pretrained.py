@@ -179,6 +179,8 @@ class SpinPreTrainedModel(PreTrainedModel):
     def _load_config(cls, source: Any, kwargs: dict[str, Any]) -> tuple[SpinConfig, dict[str, Any]]:
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         values, _ = SpinConfig.get_config_dict(source, **hub)
+        if not values:
+            raise CheckpointError(f"{source} has no config.json, so it is no saved model.")
         if values.get("model_type") != SpinConfig.model_type:
             raise CheckpointError(
                 f"{source} holds a {values.get('model_type', 'unnamed')!r} model, not a SPIN checkpoint. To make a "

@@ -1,13 +1,18 @@
 """The command line, run as a person would: files in, files and lines out, one clear line for a mistake."""
 
 import json
+import re
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+import spin_hf
+from spin_hf import SpinForSequenceClassification
 from spin_hf.cli import _name_of, app
 from spin_hf.demo import load_split
+from spin_hf.wording import in_shell_words
 
 runner = CliRunner()
 
@@ -71,6 +76,33 @@ def test_predict_arguments_file_and_standard_input_agree(classifier, tmp_path):
         assert sum(row["scores"].values()) == pytest.approx(1, abs=1e-5)
 
 
+def test_outputs_stand_in_the_lines_of_their_texts(classifier, tmp_path):
+    """Also beside blank lines, a byte order mark, and characters that only some take for the end of a line."""
+    lines = tmp_path / "texts.txt"
+    lines.write_bytes("I love it.\r\n\r\n  \nWhere is it?\u2028And why?\n".encode("utf-8-sig"))
+    texts = ["I love it.", "", "  ", "Where is it?\u2028And why?"]
+    for found in (run("predict", classifier, "--file", lines), run("predict", classifier, *texts)):
+        rows = [json.loads(line) for line in found.stdout.removesuffix("\n").split("\n")]
+        assert [row["text"] for row in rows] == texts
+        assert all(row == {"text": row["text"], "label": None, "reason": "no text"} for row in rows[1:3])
+        for i in (0, 3):
+            assert rows[i]["label"] == json.loads(run("predict", classifier, texts[i]).stdout)["label"]
+
+
+def test_version():
+    assert run("--version").stdout == f"spin_hf {spin_hf.__version__}\n"
+
+
+def test_a_head_alone_is_given_its_backbone(classifier, minilm_path, tmp_path):
+    model = SpinForSequenceClassification.from_pretrained(classifier)
+    model.config.backbone_id = minilm_path
+    model.save_pretrained(tmp_path, form="head")
+    AutoTokenizer.from_pretrained(classifier).save_pretrained(tmp_path)
+    assert "--backbone with its folder or Hub id" in fails("predict", tmp_path, "I love it.")
+    found = run("predict", tmp_path, "I love it.", "--backbone", minilm_path).stdout
+    assert found == run("predict", classifier, "I love it.").stdout
+
+
 def test_calibrate_writes_the_card(classifier, files, minilm_path):
     text = (classifier / "README.md").read_text(encoding="utf-8")
     scores = json.loads(run("evaluate", classifier, files / "test.csv", "--json").stdout)
@@ -131,7 +163,7 @@ def test_columns_are_named(classifier, files):
     other = files / "other.parquet"
     named = run("evaluate", classifier, other, "--text-column", "body", "--label-column", "topic", "--json").stdout
     assert named == run("evaluate", classifier, files / "test.csv", "--json").stdout
-    assert "text_column" in fails("evaluate", classifier, other)
+    assert "Name it with --text-column NAME" in fails("evaluate", classifier, other)
 
 
 def test_mistakes_are_one_line(classifier, files, tmp_path, minilm_path):
@@ -141,6 +173,9 @@ def test_mistakes_are_one_line(classifier, files, tmp_path, minilm_path):
     assert "SPIN model already" in fails("calibrate", classifier, "--train", train, "--out", tmp_path / "o")
     assert "not a SPIN checkpoint" in fails("predict", minilm_path, "text")
     assert "No texts" in fails("predict", classifier, input="\n")
+    assert "No texts" in fails("predict", classifier, input="")
+    assert "Leave it out" in fails("predict", classifier, "text", "--text-column", "text")
+    assert "has no config.json" in fails("predict", tmp_path, "text")
     assert "not both" in fails("predict", classifier, "text", "--file", train)
     assert "macro_f2" in fails(
         "calibrate", minilm_path, "--train", train, "--out", tmp_path / "o", "--metric", "macro_f2"
@@ -152,6 +187,43 @@ def test_mistakes_are_one_line(classifier, files, tmp_path, minilm_path):
     broken = tmp_path / "broken.csv"
     broken.write_bytes(b'\x00\xff\xfe not, a\ncsv\n"')
     assert "broken.csv" in fails("evaluate", classifier, broken)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text-column", "nope"], "--text-column nope should name"),
+        (["--text-column", "a", "--text-column", "b"], "--text-column a --text-column b should name"),
+        (["--label-column", "nope"], "--label-column nope is not among"),
+        (["--cv", 3, "--validation", "test.csv"], "Give --validation or --cv, not both."),
+        (["--cv", 1], "--cv must be at least 2; got 1."),
+        (["--cv", 60], "--cv 60 needs at least 60 rows"),
+        (["--validation", "other.csv"], "The validation data has the label 'riddle'"),
+        (["--problem-type", "regression"], "Regression needs numbers"),
+        (["--metric", "f1"], "Choose from accuracy, macro_f1, micro_f1, matthews."),
+        (["--kind", "x"], "--kind must be one of hidden, ffn; got x."),
+        (["--pooling", "x"], "--pooling must be one of first, last, mean, max; got x."),
+        (["--max-features", 0], "--max-features must be at least 1"),
+        (["--max-length", 1], "--max-length 1 must be more than the 2 special tokens"),
+        (["--limit", -3], "--limit must be at least 1; got -3."),
+        (["--revision", "main"], "--revision is for a backbone on the Hub"),
+        (["--train", "stars.csv"], 'Write them as words, such as "4 stars".'),
+        (["--train", "shares.csv"], "use --problem-type regression."),
+    ],
+)
+def test_mistakes_name_the_options_of_the_shell(files, tmp_path, minilm_path, monkeypatch, options, message):
+    monkeypatch.chdir(files)
+    (files / "other.csv").write_text("text,label\nWhere is it?,riddle\n")
+    (files / "stars.csv").write_text("text,label\na,1\nb,2\nc,3\nd,5\n")
+    (files / "shares.csv").write_text("text,label\na,.1\nb,.2\nc,.3\nd,.5\n")
+    line = fails("calibrate", minilm_path, "--train", "train.jsonl", "--out", tmp_path / "out", *options)
+    assert message in line
+    assert not re.search(r"from_backbone|\w+_\w+=|\b(eval|cv=|labels=)", line)
+
+
+def test_names_that_look_like_options_stay():
+    for message in ("data/cv.csv is not a file.", "The labels are 'cv' and 'text_column'.", "max_depth.csv is no file"):
+        assert in_shell_words(message) == message
 
 
 def test_a_folder_of_splits_trains_validates_and_tests(files, tmp_path, minilm_path):

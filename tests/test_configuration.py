@@ -120,3 +120,14 @@ def test_a_backbone_with_remote_code_needs_the_callers_trust():
     values["auto_map"]["AutoModel"] = "other/code--modeling_tiny.TinyModel"
     with pytest.raises(CheckpointError, match="runs code from other/code and someone/model"):
         SpinForSequenceClassification(config(backbone_config=values))
+
+
+def test_the_backbones_shape_is_shown_but_not_read(bert_backbone, calibrated, tmp_path):
+    model = calibrated(bert_backbone, depth=2)
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    assert {name: values[name] for name in shape} == shape
+    (tmp_path / "config.json").write_text(json.dumps({**values, "num_hidden_layers": 7}))
+    config = SpinConfig.from_pretrained(tmp_path)
+    assert SpinConfig(**config.to_dict()).to_dict()["num_hidden_layers"] == 2

@@ -259,6 +259,8 @@ def test_label_names(bert_backbone, options, names):
         ({"labels": ["a", "a"]}, "must differ from each other"),
         ({"labels": ["a"]}, "at least two labels; got 1"),
         ({"labels": ["a", "b"], "problem_type": "regression"}, "predicts one number; got 2"),
+        ({"labels": "ab"}, "must be a list of names; got 'ab'"),
+        ({"id2label": {0: "a", 1: "b"}}, r"by labels=\[...\] instead of id2label="),
         ({"dtype": torch.float16}, "dtype can only be used when the backbone is loaded here"),
     ],
 )

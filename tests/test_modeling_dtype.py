@@ -1,5 +1,7 @@
 """Invariant 5: head, indices and standardiser stay as they are in float32, whatever the backbone is cast to."""
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -126,6 +128,29 @@ def test_autocast(model, dtype):
     assert loss.dtype == torch.float32
     assert not torch.equal(logits, plain)
     torch.testing.assert_close(logits, plain, rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_the_head_learns_under_autocast_as_without(model, dtype):
+    """What Trainer's ``fp16`` and ``bf16`` flags do: float16 with a scaled loss."""
+    labels = torch.tensor([0, 1, 1, 0])
+    plain, other = copy.deepcopy(model), copy.deepcopy(model)
+    for each, low in ((plain, False), (other, True)):
+        optimizer = torch.optim.SGD(each.score.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", enabled=low and dtype == torch.float16, init_scale=2.0**10)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=dtype, enabled=low):
+                loss = each(**make_batch(), labels=labels).loss
+            scaler.scale(loss).backward()
+            assert each.score.weight.grad.dtype == torch.float32
+            scaler.step(optimizer)
+            scaler.update()
+    learnt = plain.score.weight - model.score.weight
+    assert learnt.abs().max() > 1e-3
+    torch.testing.assert_close(
+        other.score.weight - model.score.weight, learnt, rtol=0.05, atol=0.05 * learnt.abs().max().item()
+    )
 
 
 def test_gradients_stay_float32_in_a_low_precision_model(model):

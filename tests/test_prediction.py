@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from builders import make_tokenizer
 
-from spin_hf.calibration.errors import ConfidenceError
+from spin_hf.calibration.errors import CalibrationError, ConfidenceError
 from spin_hf.prediction import Prediction, evaluate, predict
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -62,7 +62,21 @@ def test_regression_has_no_confidence():
         _ = made.confidence
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize(
+    ("texts", "pairs", "message"),
+    [
+        ("good", None, "'text' of the input data is a single str"),
+        ([], None, "no rows"),
+        (["good", None], None, "Row 1 of the input data has no text but None"),
+        (["good", "bad"], ["bad"], "2 first texts but 1 second"),
+    ],
+)
+def test_texts_that_are_none(bert_backbone, calibrated, texts, pairs, message):
+    with pytest.raises(CalibrationError, match=message):
+        predict(calibrated(bert_backbone), make_tokenizer(), texts, pairs)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), "0.5"])
 def test_a_confidence_is_a_probability(bert_backbone, calibrated, value):
     with pytest.raises(ConfidenceError, match="between 0 and 1"):
         predict(calibrated(bert_backbone), make_tokenizer(), ["good"], min_confidence=value)

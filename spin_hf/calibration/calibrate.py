@@ -16,7 +16,7 @@ from ..depth import why_whole
 from ..modeling_spin import SpinForSequenceClassification
 from ..taps import Tap, model_device, tap_width
 from .cache import open_store
-from .errors import CalibrationError
+from .errors import CalibrationError, demand_between, demand_whole
 from .extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
 from .fingerprint import tokenizer_fingerprint
 from .fits import Fits
@@ -94,7 +94,8 @@ def spin_calibrate(
         multiclass: ``"multinomial"`` or ``"ovr"`` (one-vs-rest), for more than two classes.
         preset: ``"default"``, or ``"paper"``: the rules of SPIN (Jiao et al. 2024, Tables 7 and 8), solved to
             convergence: one kind, one pooling and one C for all layers, its grids of C and eta, raw features, an L1
-            head, full depth. Candidates above ``max_features`` are left out, as in the default. Where the authors' code
+            head, full depth. Candidates above ``max_features`` are left out, as in the default; the result counts
+            them. Where the authors' code
             differs from their text we follow
 
             - the code in salience: the squared weight (text: the normalised absolute weight);
@@ -145,8 +146,10 @@ def spin_calibrate(
     if prefer not in ("score", "compact"):
         raise CalibrationError(f"prefer must be 'score' or 'compact'; got {prefer!r}.")
     check_fresh(model, recalibrate=recalibrate)
-    if batch_tokens < 1:
-        raise CalibrationError(f"batch_tokens must be at least 1; got {batch_tokens}.")
+    demand_whole("batch_tokens", batch_tokens, least=1)
+    demand_between("tol", tol, 0, 1)
+    if max_length is not None:
+        demand_whole("max_length", max_length, least=0)
     check_tokenizer(tokenizer, model)
     blocks = model.spin.depth
     tried_depths = _depths(model, recipe, whole=preset == "paper" and not (depths or max_depth))
@@ -201,7 +204,7 @@ def spin_calibrate(
                 probes = probe_all(taps, store, data, recipe, tol, fits, ranks, show)
             with clock("heads"):
                 fitter = HeadFitter(store, data, device, penalty=recipe.head)
-                tried = try_heads(fitter, probes, recipe, tried_depths, tol, fits, ranks, show)
+                tried, skipped = try_heads(fitter, probes, recipe, tried_depths, tol, fits, ranks, show)
                 choose = partial(conclude, fitter, tried, probes, prefer=prefer, tol=tol, seed=seed, last=last)
                 choice = ranks.on_main(choose)
     final, confidence = choice.final, choice.confidence
@@ -251,6 +254,7 @@ def spin_calibrate(
             **asdict(recipe),
             "preset": preset,
             "prefer": prefer,
+            "recalibrate": recalibrate,
             "cv": cv,
             "validation_fraction": validation_fraction,
             "class_weight": class_weights,
@@ -261,6 +265,7 @@ def spin_calibrate(
             "blocks": blocks,
         },
         confidence=confidence,
+        skipped=skipped,
     )
 
 

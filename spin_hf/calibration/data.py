@@ -93,10 +93,7 @@ def read_rows(
     label_name = _label_column(table.columns, label_column, text_names, role)
     *columns, labels = table.read([*text_names, label_name])
     _demand_rows(any(map(len, [*columns, labels])), role)
-    texts = _texts(columns[0], role)
-    pairs = _texts(columns[1], role) if len(columns) == 2 else None
-    if pairs is not None and len(pairs) != len(texts):
-        raise ColumnError(f"The {role} data has {len(texts)} first texts but {len(pairs)} second ones.")
+    texts, pairs = _texts_and_pairs(columns, role)
     if len(labels) != len(texts):
         raise MissingLabelsError(f"The {role} data has {len(texts)} texts but {len(labels)} labels.")
     missing = [i for i, label in enumerate(labels) if label is None or _is_nan(label)]
@@ -114,9 +111,9 @@ def read_texts(source: Any, *, text_column: str | Sequence[str] | None = None) -
     """Only the texts (and their pairs) of a data set, for prediction. Same columns and errors as :func:`read_rows`."""
     table = open_table(source, "input")
     _demand_rows(bool(table.columns), "input")
-    columns = [_texts(values, "input") for values in table.read(_text_columns(table.columns, text_column, "input"))]
+    columns = table.read(_text_columns(table.columns, text_column, "input"))
     _demand_rows(any(map(len, columns)), "input")
-    return columns[0], columns[1] if len(columns) == 2 else None
+    return _texts_and_pairs(columns, "input")
 
 
 def label_names(rows: Rows, config_names: Sequence[str], problem_type: ProblemType) -> tuple[str, ...]:
@@ -286,8 +283,14 @@ def _without_case(columns: Sequence[str]) -> dict[str, str]:
     return {name.lower(): name for name in reversed(columns)}
 
 
-def _texts(values: Any, role: Role) -> list[str]:
-    texts = list(values)
+def _texts_and_pairs(columns: Sequence[list[Any]], role: Role) -> tuple[list[str], list[str] | None]:
+    texts, pairs = _texts(columns[0], role), _texts(columns[1], role) if len(columns) == 2 else None
+    if pairs is not None and len(pairs) != len(texts):
+        raise ColumnError(f"The {role} data has {len(texts)} first texts but {len(pairs)} second ones.")
+    return texts, pairs
+
+
+def _texts(texts: list[Any], role: Role) -> list[str]:
     wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None:
         raise EmptyTextError(

@@ -4,9 +4,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 
 class CalibrationError(ValueError):
     """Base of them all."""
+
+
+def demand_whole(name: str, value: Any, *, least: int) -> None:
+    """Raise :class:`CalibrationError` unless an option is a whole number, and no less than this."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise CalibrationError(f"{name} must be a whole number; got {value!r}.")
+    if value < least:
+        raise CalibrationError(f"{name} must be at least {least}; got {value}.")
+
+
+def demand_between(name: str, value: Any, low: float, high: float) -> None:
+    """Raise :class:`CalibrationError` unless an option is a number above ``low`` and below ``high``."""
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not (number and low < value < high):
+        raise CalibrationError(f"{name} must be a number between {low:g} and {high:g}; got {value!r}.")
 
 
 class SourceError(CalibrationError):

@@ -17,6 +17,7 @@ from ..modeling_spin import SpinForSequenceClassification, SpinModel
 from ..pooling import pool
 from ..taps import Tap, model_device, record
 from .errors import EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
+from .fingerprint import vocabulary_of
 from .store import FORMAT, FeatureStore
 
 _NO_LIMIT = 10**6  # tokenizers without a limit report an absurdly large one
@@ -41,16 +42,22 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: SpinForSequenceCl
     """Raise before any work if the tokenizer can't serve this model.
 
     Raises:
+        TokenizerMismatchError: if it is no tokenizer, or has more tokens than the backbone has embeddings.
         PadTokenError: without a pad token.
-        TokenizerMismatchError: if it has more tokens than the backbone has embeddings.
     """
+    if not hasattr(tokenizer, "pad_token_id"):
+        found = "None" if tokenizer is None else f"a {type(tokenizer).__name__}"
+        name = model.config.backbone_id or "the backbone's name"
+        raise TokenizerMismatchError(
+            f"The tokenizer is {found}. Pass the backbone's own: AutoTokenizer.from_pretrained({name!r})."
+        )
     if tokenizer.pad_token_id is None:
         raise PadTokenError(
             "The tokenizer has no pad token, so texts of different lengths could not be batched. "
             "Padding is masked out, so any token will do: tokenizer.pad_token = tokenizer.eos_token"
         )
     rows = _embedding_rows(model.spin)
-    highest = max(tokenizer.get_vocab().values(), default=0)
+    highest = vocabulary_of(tokenizer).highest
     if rows is not None and highest >= rows:
         raise TokenizerMismatchError(
             f"The tokenizer's ids go up to {highest}, but the backbone embeds only {rows} tokens. "

@@ -5,13 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
 from .errors import TokenizerMismatchError
 
+
+class Vocabulary(NamedTuple):
+    """Number of tokens, highest id, and SHA-256 of tokens and ids."""
+
+    size: int
+    highest: int
+    digest: str
+
+
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Vocabulary]] = WeakKeyDictionary()
 _SAMPLE = ("Spin a long Yarn, naïvely: 42 times!", "Then rest.")
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """What is known of a tokenizer's vocabulary. Reckoned once, and anew when tokens were added: it costs more than a
+    short text's prediction.
+    """
+    length, known = _known.get(tokenizer, (None, None))
+    if known is None or length != len(tokenizer):
+        tokens = tokenizer.get_vocab()
+        known = Vocabulary(len(tokens), max(tokens.values(), default=0), _sha256(sorted(tokens.items())))
+        _known[tokenizer] = (len(tokenizer), known)
+    return known
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -22,10 +45,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     special.pop("pad_token", None)
-    vocabulary = tokenizer.get_vocab()
+    vocabulary = vocabulary_of(tokenizer)
     return {
-        "size": len(vocabulary),
-        "vocabulary": _sha256(sorted(vocabulary.items())),
+        "size": vocabulary.size,
+        "vocabulary": vocabulary.digest,
         "special_tokens": special,
         "sample": _sha256(list(tokenizer(*_SAMPLE)["input_ids"])),
     }

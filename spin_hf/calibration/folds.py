@@ -12,7 +12,7 @@ from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 
 from ..modeling_spin import SpinForSequenceClassification
 from .data import Rows, encode_labels, label_names, read_rows
-from .errors import CalibrationError, MissingLabelsError
+from .errors import CalibrationError, MissingLabelsError, demand_between, demand_whole
 from .sources import training_splits
 
 
@@ -46,8 +46,10 @@ def prepare(
     Raises:
         CalibrationError: one of its kinds, for data or labels that don't fit.
     """
-    if not 0 < validation_fraction < 1:
-        raise CalibrationError(f"validation_fraction must lie between 0 and 1; got {validation_fraction!r}.")
+    demand_between("validation_fraction", validation_fraction, 0, 1)
+    demand_whole("seed", seed, least=0)
+    if cv is not None:
+        demand_whole("cv, the number of folds,", cv, least=2)
     train, eval = training_splits(train, eval, cv=cv)
     problem_type = model.config.problem_type
     rows = read_rows(train, "train", **columns)
@@ -74,9 +76,7 @@ def _folds(
     """Stratified by ``classes`` where there are any."""
     smallest = count if classes is None else int(min(np.bincount(classes)[np.unique(classes)]))
     if cv is not None:
-        if not isinstance(cv, (int, np.integer)):
-            raise CalibrationError(f"cv must be a number of folds; got {cv!r}.")
-        if not 2 <= cv <= smallest:
+        if cv > smallest:
             raise MissingLabelsError(f"cv={cv} needs at least {cv} rows of each class; the rarest has {smallest}.")
         splitter: Any = (KFold if classes is None else StratifiedKFold)(cv, shuffle=True, random_state=seed)
         return tuple((np.sort(a), np.sort(b)) for a, b in splitter.split(np.zeros(count), classes))

@@ -64,15 +64,16 @@ class HeadFitter:
     penalty: str = "l2"
     tol: float = 1e-3
 
-    def fit(self, heads: HeadSet, *, etas: Sequence[float], max_features: int) -> list[Candidate]:
-        """A head for every eta that keeps something new and no more than ``max_features``."""
+    def fit(self, heads: HeadSet, *, etas: Sequence[float], max_features: int) -> tuple[list[Candidate], int]:
+        """A head for every eta that keeps something new and no more than ``max_features``; and how many keep more."""
         probes, depth = heads.probes, heads.depth
         final = Columns.of(probes, -1)
         sizes = {eta: int(final.kept(eta, depth).sum()) for eta in etas}
         feasible = [eta for eta in etas if 0 < sizes[eta] <= max_features]
         feasible = [eta for i, eta in enumerate(feasible) if i == 0 or sizes[eta] > sizes[feasible[i - 1]]]
+        skipped = len({size for size in sizes.values() if size > max_features})
         if not feasible:
-            return []
+            return [], skipped
         scores: dict[float, list[list[Tensor]]] = {eta: [] for eta in feasible}
         for fold, (rows, held_out) in enumerate(self.data.folds):
             for eta, held in self._fit_fold(Columns.of(probes, fold), feasible, depth, rows, held_out):
@@ -84,7 +85,7 @@ class HeadFitter:
             found.append(
                 Candidate(heads.kind, heads.pooling, eta, depth, C, sizes[eta], score, loss, None, predictions)
             )
-        return found
+        return found, skipped
 
     def fit_tap(self, tap: Tap, pooling: str) -> tuple[float, int]:
         """A dense head on all neurons of one tap: its score, and its number of features."""

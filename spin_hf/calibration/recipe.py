@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..pooling import POOLINGS
-from .errors import CalibrationError
+from .errors import CalibrationError, demand_whole
 from .selection import KINDS
 
 Preset = Literal["default", "paper"]
@@ -52,8 +52,8 @@ class Recipe:
                 raise CalibrationError(f"{name} must be numbers; got {list(value)!r}.")
         for name in ("max_features", "max_depth"):
             value = getattr(recipe, name)
-            if value is not None and not isinstance(value, (int, np.integer)):
-                raise CalibrationError(f"{name} must be a whole number; got {value!r}.")
+            if value is not None:
+                demand_whole(name, value, least=1)
         if recipe.shared_C and not recipe.etas:
             raise CalibrationError("The paper's preset has no single probes: give it etas.")
         if not all(0 < eta <= 1 for eta in recipe.etas):
@@ -63,8 +63,6 @@ class Recipe:
             raise CalibrationError(f"Cs must be a positive number of values, or positive values; got {recipe.Cs}.")
         if recipe.shared_C and isinstance(recipe.Cs, int):
             raise CalibrationError("The paper's preset has one C for all layers: give Cs as a list of values.")
-        if recipe.max_features < 1 or (recipe.max_depth is not None and recipe.max_depth < 1):
-            raise CalibrationError("max_features and max_depth must be at least 1.")
         ordered = recipe.Cs if isinstance(recipe.Cs, int) else tuple(sorted(recipe.Cs))
         return replace(recipe, etas=tuple(sorted(set(recipe.etas))), Cs=ordered)
 

@@ -39,6 +39,7 @@ class CalibrationResult:
         probes: for each (tap, pooling) the chosen C, its score, its neurons and the score at every C.
         settings: the options that made it.
         confidence: how far the probabilities can be trusted; ``None`` for regression.
+        skipped: how many candidates were left out, since they have more than ``max_features``.
     """
 
     chosen: Candidate
@@ -54,6 +55,7 @@ class CalibrationResult:
     probes: tuple[Mapping[str, Any], ...]
     settings: Mapping[str, Any]
     confidence: Confidence | None = None
+    skipped: int = 0
 
     @property
     def frontier(self) -> tuple[Candidate, ...]:
@@ -84,6 +86,12 @@ class CalibrationResult:
             f"Seconds: {stages}; total {self.seconds['total']:.1f}. Features on disk: "
             f"{self.bytes['features'] / 1e6:,.0f} MB.",
         ]
+        if self.skipped:
+            notes.insert(
+                1,
+                f"{self.skipped:,} more were left out: they have more than max_features="
+                f"{self.settings['max_features']} features.",
+            )
         if self.confidence is not None:
             before, after = (
                 f"{part.expected_calibration_error:.4f}" for part in (self.confidence.before, self.confidence.after)

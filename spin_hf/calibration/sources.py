@@ -63,8 +63,9 @@ def load(source: str | Path) -> Any:
     if not path.exists():
         name, _, split = name.partition(":")
         path, split = Path(name), split or None
-    bars = datasets.are_progress_bars_disabled()
+    bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says of a bad file is in the error too
     try:
         if path.is_dir():
             return _load_folder(path, split)
@@ -74,6 +75,8 @@ def load(source: str | Path) -> Any:
         if path.exists() or isinstance(source, Path):
             there = "has none of the endings" if path.exists() else "is neither a folder nor a file with one of"
             raise SourceError(f"{source} {there} {', '.join(_READERS)} (or one of them and .gz).")
+        if name.endswith(("/", "\\")) or name.startswith((".", "/", "~")):
+            raise SourceError(f"{source} is not there: no file and no folder has this name.")
         return _load_from_hub(name, split)
     except datasets.exceptions.DatasetGenerationError as error:
         raise SourceError(f"{source} can't be read: {error.__cause__ or error}") from error
@@ -82,6 +85,7 @@ def load(source: str | Path) -> Any:
             raise
         raise SourceError(f"{source} can't be read: {error}") from error
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if not bars:
             datasets.enable_progress_bars()
 
@@ -114,7 +118,12 @@ def _load_folder(path: Path, split: str | None) -> Any:
             found = ", ".join(data) if isinstance(data, Mapping) else "none"
             raise SplitError(f"{path} has no split {split!r}; it has: {found}.")
         return data[split]
-    return _load_afresh(str(path.resolve()), split=split)
+    try:
+        return _load_afresh(str(path.resolve()), split=split)
+    except FileNotFoundError:
+        raise SourceError(
+            f"The folder {path} holds no data: neither {', '.join(_READERS)} files nor what save_to_disk writes."
+        ) from None
 
 
 def _load_afresh(name: str, **options: Any) -> Any:
@@ -240,9 +249,9 @@ def open_table(source: Any, role: Role) -> Table:
     """
     source = split_of(source, role)
     if isinstance(source, tuple) and len(source) == 2:
-        return _of_columns(_paired(source, role))
+        return _of_columns(_paired(source, role), role)
     if isinstance(source, Mapping):
-        return _of_columns(source)
+        return _of_columns(source, role)
     if hasattr(source, "features") and hasattr(source, "column_names"):
         return _of_dataset(source, role)
     if hasattr(source, "columns") and hasattr(source, "to_dict"):
@@ -261,7 +270,7 @@ def _no_data(source: Any, role: Role) -> CalibrationError:
 
 def _paired(source: tuple[Any, Any], role: Role) -> dict[str, list[Any]]:
     texts, labels = map(_plain, source)
-    if any(isinstance(text, (tuple, list)) for text in texts):
+    if not isinstance(texts, str) and any(isinstance(text, (tuple, list)) for text in texts):
         if not all(isinstance(text, (tuple, list)) and len(text) == 2 for text in texts):
             raise ColumnError(f"The texts of the {role} data should all be strings, or all pairs of strings.")
         first, second = map(list, zip(*texts, strict=True))
@@ -269,9 +278,19 @@ def _paired(source: tuple[Any, Any], role: Role) -> dict[str, list[Any]]:
     return {"text": texts, "label": labels}
 
 
-def _of_columns(columns: Mapping[Any, Any]) -> Table:
-    by_name = {str(name): values for name, values in columns.items()}
-    return Table(tuple(by_name), lambda names: [list(_plain(by_name[name])) for name in names])
+def _of_columns(columns: Mapping[Any, Any], role: Role) -> Table:
+    by_name = {str(name): _plain(values) for name, values in columns.items()}
+
+    def read(names: Sequence[str]) -> list[list[Any]]:
+        for name in names:
+            if isinstance(by_name[name], (str, bytes)) or not isinstance(by_name[name], Iterable):
+                raise ColumnError(
+                    f"The column {name!r} of the {role} data is a single {type(by_name[name]).__name__}. Pass a list, "
+                    "with a value for each row."
+                )
+        return [list(by_name[name]) for name in names]
+
+    return Table(tuple(by_name), read)
 
 
 def _of_frame(frame: Any) -> Table:
@@ -307,6 +326,11 @@ def _of_rows(rows: Iterable[Any], role: Role, class_names: Mapping[str, tuple[st
     first = next(iterator, None)
     if isinstance(first, str):
         raise MissingLabelsError(f"The {role} data holds texts without labels. Pass a pair: (texts, labels).")
+    if isinstance(first, (list, tuple)):
+        raise CalibrationError(
+            f"The {role} data is a list that begins with a {type(first).__name__}. Texts with their labels are a tuple "
+            "of two lists: (texts, labels), or of rows like these tuple(zip(*rows))."
+        )
     if first is not None and not isinstance(first, Mapping):
         raise _no_data(rows, role)
 

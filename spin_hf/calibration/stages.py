@@ -73,8 +73,9 @@ def try_heads(
     fits: Fits,
     ranks: Ranks,
     show: Show,
-) -> list[Fitted]:
-    """Every candidate with the probes it was selected by: heads on combined taps, and single probes.
+) -> tuple[list[Fitted], int]:
+    """Every candidate with the probes it was selected by: heads on combined taps, and single probes; and how many more
+    there would be, had they not too many features.
 
     Raises:
         CalibrationError: if all of them have too many features.
@@ -84,7 +85,7 @@ def try_heads(
         values = sorted({probe.C for ranked in probes for probe in ranked})
         grids = [[probe for ranked in probes for probe in ranked if probe.C == C] for C in values]
 
-    def fit(heads: HeadSet) -> list[Candidate]:
+    def fit(heads: HeadSet) -> tuple[list[Candidate], int]:
         return fitter.fit(heads, etas=recipe.etas, max_features=recipe.max_features)
 
     settings = recipe, tol, fitter.tol
@@ -97,15 +98,18 @@ def try_heads(
             cost=lambda entry: min(entry[1].num_features, recipe.max_features),
             advance=advance,
         )
-    tried = [(candidate, grid) for (grid, _), fitted in zip(sets, found, strict=True) for candidate in fitted]
+    tried = [(candidate, grid) for (grid, _), (fitted, _) in zip(sets, found, strict=True) for candidate in fitted]
+    skipped = sum(more for _, more in found)
     singles = [probe_candidate(probe) for probe in grids[0]] if not recipe.shared_C else []
-    fitting = [c for c in singles if 0 < c.num_features <= recipe.max_features and c.depth <= depths[-1]]
+    singles = [c for c in singles if c.num_features > 0 and c.depth <= depths[-1]]
+    fitting = [c for c in singles if c.num_features <= recipe.max_features]
+    skipped += len(singles) - len(fitting)
     tried += [(candidate, grids[0]) for candidate in fitting]
     if not tried:
         raise CalibrationError(
             f"No candidate has at most {recipe.max_features} features. Raise max_features, or try smaller etas."
         )
-    return tried
+    return tried, skipped
 
 
 @dataclass(frozen=True)

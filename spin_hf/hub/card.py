@@ -251,6 +251,7 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
         chosen=result.chosen,
         num_features=sum(entry["count"] for entry in features),
         changed=features != list(result.kept),
+        trained=bool(result.settings.get("recalibrate")),  # what a calibration anew is for
         metric=title(result.metric),
         standard_error=standard_error(result.metric, result.chosen.score, result.data["eval_rows"]),
         best_baseline=max(result.baselines.values(), default=None),

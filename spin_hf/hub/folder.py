@@ -8,16 +8,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 
 from .. import CheckpointError, SpinConfig
+from ..checkpoint import Form as Form
 from ..configuration_spin import FORMAT_VERSION
-
-Form = Literal["full", "head", "self_contained"]
 
 _INDEX = "model.safetensors.index.json"
 _SUFFIXES = {".json", ".safetensors", ".txt", ".model", ".jinja", ".md", ".png"}  # nothing that could hold a pickle

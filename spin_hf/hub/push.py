@@ -32,7 +32,7 @@ from .folder import Checkpoint, Form, is_weight_file
 
 
 class PushError(RuntimeError):
-    """A classifier could not be pushed; the repository's files are as they were."""
+    """A classifier could not be pushed; the repository's files are as they were. A new one may be there, and empty."""
 
 
 def push_to_hub(
@@ -87,13 +87,16 @@ def push_to_hub(
         if form is not None and form != checkpoint.form:
             checkpoint = _saved_as(form, checkpoint, Path(scratch), trust_remote_code)
         config = _shareable_config(checkpoint)
-        with _told_plainly(repo_id):
+        with _told_plainly(repo_id) as remarks:
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             names = checkpoint.uploads()
             present = api.model_info(repo_id, revision=revision).siblings or []
+            if {file.rfilename for file in present} <= {".gitattributes"}:
+                page = f"{constants.ENDPOINT}/{repo_id}/settings"
+                remarks.append(f"{repo_id} is there now, and empty: push again, or delete it at {page}.")
             stale = [
                 file.rfilename
                 for file in present
@@ -158,8 +161,18 @@ def _shareable_config(checkpoint: Checkpoint) -> bytes:
 
 
 @contextmanager
-def _told_plainly(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub or the wire answers into one line that says what to do."""
+def _told_plainly(repo_id: str) -> Iterator[list[str]]:
+    """Turn what the Hub or the wire answers into one line that says what to do, with the remarks made meanwhile."""
+    remarks: list[str] = []
+    try:
+        with _answers_told(repo_id):
+            yield remarks
+    except PushError as error:
+        raise PushError(" ".join([str(error), *remarks])) from error.__cause__
+
+
+@contextmanager
+def _answers_told(repo_id: str) -> Iterator[None]:
     where = constants.ENDPOINT
     try:
         yield

@@ -279,6 +279,19 @@ def test_limits_hold_and_compact_is_smaller(wrap, tokenizer, rows):
         spin_calibrate(wrap(), tokenizer, train, held_out, max_features=1, Cs=[50.0], progress=False)
 
 
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_candidates_with_too_many_features_are_counted(wrap, tokenizer, rows, preset):
+    options = {"progress": False, "preset": preset, "kinds": ["hidden"], "poolings": ["mean"], "Cs": [0.1, 1.0]}
+    every = spin_calibrate(wrap(), tokenizer, rows, **options)
+    assert every.skipped == 0
+    assert "left out" not in str(every)
+    limit = sorted({c.num_features for c in every.candidates})[len(every.candidates) // 3]
+    some = spin_calibrate(wrap(), tokenizer, rows, max_features=limit, **options)
+    assert 0 < some.skipped == sum(c.num_features > limit for c in every.candidates)
+    assert len(some.candidates) + some.skipped == len(every.candidates)
+    assert f"{some.skipped} more were left out: they have more than max_features={limit} features." in str(some)
+
+
 def test_weights_of_rows_and_classes_matter(wrap, tokenizer, rows):
     texts, labels = rows
     rare = [i for i, y in enumerate(labels) if y == 0 or i % 8 == 1]
@@ -370,7 +383,19 @@ def test_result_reads_back(wrap, tokenizer, rows, tmp_path):
         ({"Cs": 0.5}, "Cs must be a list"),
         ({"class_weight": {1: "x"}}, "positive"),
         ({"sample_weight": ["a"] * 80}, "positive numbers"),
-        ({"batch_tokens": 0}, "batch_tokens"),
+        ({"batch_tokens": 0}, "batch_tokens must be at least 1"),
+        ({"batch_tokens": "4096"}, "batch_tokens must be a whole number"),
+        ({"max_features": 0}, "max_features must be at least 1"),
+        ({"tol": -1.0}, "tol must be a number between 0 and 1"),
+        ({"tol": 0}, "tol must be a number between 0 and 1"),
+        ({"cv": 2.5}, "cv, the number of folds, must be a whole number; got 2.5"),
+        ({"cv": True}, "cv, the number of folds, must be a whole number; got True"),
+        ({"cv": 1}, "cv, the number of folds, must be at least 2"),
+        ({"validation_fraction": "0.2"}, "validation_fraction must be a number between 0 and 1"),
+        ({"validation_fraction": 1.0}, "validation_fraction must be a number between 0 and 1"),
+        ({"seed": "x"}, "seed must be a whole number"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"max_length": "32"}, "max_length must be a whole number"),
         ({"max_length": 0}, "more than the 2 special tokens"),
         ({"max_length": 2}, "more than the 2 special tokens"),
         ({"max_length": 65}, "at most 64"),
@@ -380,6 +405,12 @@ def test_options_are_checked_before_the_work(wrap, tokenizer, rows, monkeypatch,
     monkeypatch.setattr(calibrate, "extract", lambda *a: pytest.fail("work began"))
     with pytest.raises(CalibrationError, match=message):
         spin_calibrate(wrap(), tokenizer, rows, progress=False, **options)
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "None"), ("bert-base-uncased", "a str")])
+def test_a_tokenizer_that_is_none(wrap, rows, given, found):
+    with pytest.raises(CalibrationError, match=rf"tokenizer is {found}\. Pass the backbone's own: AutoTokenizer"):
+        spin_calibrate(wrap(), given, rows, **QUICK)
 
 
 def test_a_second_calibration_is_refused(wrap, tokenizer, rows):

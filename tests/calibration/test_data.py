@@ -144,6 +144,21 @@ def test_what_is_no_data_set(source):
         read_rows(source, "train")
 
 
+@pytest.mark.parametrize("source", [[TEXTS, LABELS], [("a film", 1), ("a plot", 0)]])
+def test_lists_of_lists_say_how_to_make_a_pair(source):
+    with pytest.raises(CalibrationError, match=r"begins with a \w+\. .* a tuple of two lists: \(texts, labels\)"):
+        read_rows(source, "train")
+
+
+@pytest.mark.parametrize(
+    "source", [("abc", [0, 1, 1]), {"text": "abc", "label": LABELS}, {"text": TEXTS, "label": 1}, (TEXTS, 1)]
+)
+def test_a_single_value_is_no_column(source):
+    """Not taken for a list of its letters."""
+    with pytest.raises(ColumnError, match=r"The column '(text|label)' of the train data is a single (str|int)\. Pass"):
+        read_rows(source, "train")
+
+
 def test_texts_without_labels():
     with pytest.raises(MissingLabelsError, match="texts, labels"):
         read_rows(TEXTS, "train")

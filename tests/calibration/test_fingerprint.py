@@ -75,3 +75,17 @@ def test_another_way_of_reading_is_noticed(classifier):
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("Then", "the")
     with pytest.warns(UserWarning, match="splits or frames a sample text in another way"):
         predict(classifier, tokenizer, ["a lovely film"])
+
+
+def test_the_vocabulary_is_read_once_and_anew_when_tokens_were_added(monkeypatch):
+    tokenizer, calls = make_tokenizer(), []
+    whole = type(tokenizer).get_vocab
+    monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: calls.append(1) or whole(self))
+    first = tokenizer_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(tokenizer) == first
+    assert len(calls) == 1
+    tokenizer.add_tokens(["unheard-of"])
+    second = tokenizer_fingerprint(tokenizer)
+    assert (second["size"], len(calls)) == (first["size"] + 1, 2)
+    assert second["vocabulary"] != first["vocabulary"]
+    assert tokenizer_fingerprint(make_tokenizer()) == first

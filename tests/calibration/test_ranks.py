@@ -134,20 +134,27 @@ def test_accelerate_launch_writes_once_what_one_process_writes(tmp_path):
             file.write(json.dumps({"text": text, "label": label}) + "\n")
     options = ["calibrate", str(backbone), "--train", str(tmp_path / "train.jsonl"), "--batch-tokens", "64"]
     options += ["--kind", "hidden", "--pooling", "mean"]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    # Without a GPU `--multi_gpu` too starts processes on the CPU; `--cpu` would start a single one.
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "spin_hf"]
     outputs = {}
     for name, start in {"alone": [sys.executable, "-m", "spin_hf"], "together": accelerate}.items():
-        env = environment()
+        env = {**environment(), "ACCELERATE_USE_CPU": "true"}
         if name == "together":
             start[6:6] = ["--main_process_port", env.pop("MASTER_PORT")]
         done = subprocess.run(
-            [*start, *options, "--out", str(tmp_path / name)], env=env, cwd=tmp_path, capture_output=True, text=True
+            [*start, *options, "--out", str(tmp_path / name), "--cache-dir", str(tmp_path / f"cache-{name}")],
+            env=env,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         outputs[name] = done.stdout
         assert done.stderr.count("texts,") == 1
     assert outputs["together"].count("Saved to") == 1
+    for name, count in {"alone": 1, "together": 2}.items():  # each process keeps a record of its batches
+        assert len(list((tmp_path / f"cache-{name}").glob("*/done.*"))) == count
     same(tmp_path / "together", tmp_path / "alone")
 
 

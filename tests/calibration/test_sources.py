@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 
 import datasets
 import pandas as pd
@@ -115,8 +116,24 @@ def test_a_file_has_no_splits(tmp_path):
 
 
 def test_an_empty_folder(tmp_path):
-    with pytest.raises(SourceError, match="can't be read"):
+    with pytest.raises(SourceError, match=r"holds no data: neither \.csv, .* files nor what save_to_disk writes"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nowhere/", "./nowhere", "/nowhere/at/all"])
+def test_a_path_that_is_not_there_is_no_name_on_the_hub(hub, name):
+    with pytest.raises(SourceError, match="no file and no folder has this name"):
+        load(name)
+
+
+def test_a_bad_file_is_told_by_the_error_alone(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)  # to caplog
+    (tmp_path / "rows.csv").write_text("text,label\na,b\nc,d,e,f\n")
+    verbosity = datasets.logging.get_verbosity()
+    with pytest.raises(SourceError, match="Expected 2 fields in line 3, saw 4"):
+        load(tmp_path / "rows.csv")
+    assert not caplog.records
+    assert datasets.logging.get_verbosity() == verbosity
 
 
 # -- the Hub ----------------------------------------------------------------------------------------------------------

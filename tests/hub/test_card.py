@@ -9,7 +9,7 @@ import markdown_it
 import pytest
 from huggingface_hub import ModelCard
 
-from spin_hf import CalibrationResult
+from spin_hf import CalibrationResult, SpinForSequenceClassification, spin_calibrate
 from spin_hf.hub import CardError, write_card
 from spin_hf.hub.card import card_text
 from spin_hf.hub.folder import Checkpoint
@@ -164,6 +164,21 @@ def test_a_model_that_was_pruned_since_is_told(classifier):
     text = write_card(classifier).read_text(encoding="utf-8")
     assert f"it had {now + 3} then and has {now} now" in text
     assert f"kept the {now} neurons" in text
+
+
+def test_a_trained_backbone_is_no_frozen_one(classifier):
+    frozen = ("without training it", "No weight of the backbone", "A frozen backbone")
+    text = write_card(classifier).read_text(encoding="utf-8")
+    assert all(words in text for words in frozen)
+    model = SpinForSequenceClassification.from_pretrained(classifier)
+    options = {"kinds": ["hidden"], "poolings": ["mean"], "Cs": 3, "etas": [0.5], "progress": False}
+    result = spin_calibrate(
+        model, builders.make_tokenizer(), builders.make_sentiment_rows(), recalibrate=True, **options
+    )
+    model.save_pretrained(classifier)
+    text = write_card(classifier, result=result).read_text(encoding="utf-8")
+    assert not any(words in text for words in frozen)
+    assert "which was trained for it" in text
 
 
 def test_the_card_can_name_another_place(classifier):

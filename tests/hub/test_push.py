@@ -216,13 +216,19 @@ def test_a_hub_that_fails_halfway_has_nothing_half_written(hub, folders, pushed,
     case = ["hf_writer", [str(folders["films"]), "someone/films"]]
     hub.broken = "/commit/"
     try:
-        (line,) = run(PUSH, environment(hub.url, tmp_path / "pusher"), [case])
+        other = ["hf_writer", [str(folders["films"]), "someone/fresh"]]
+        line, made = run(PUSH, environment(hub.url, tmp_path / "pusher"), [case, other])
     finally:
         hub.broken = ""
     code, _, error = json.loads(line)
+    _, _, fresh = json.loads(made)
     assert code == 2
     assert "500" in error
+    assert "delete it" not in error
     assert hub.repositories["someone/films"].branches == before
+    assert "someone/fresh is there now, and empty" in fresh
+    assert f"delete it at {hub.url}/someone/fresh/settings." in fresh
+    assert not hub.files("someone/fresh")
     with fake_hub.serving() as gone:
         pass
     (line,) = run(PUSH, environment(gone.url, tmp_path / "pusher"), [case])

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from builders import calibrated, make_backbone, make_tokenizer
 
-from spin_hf import SpinForSequenceClassification
+from spin_hf import SpinForSequenceClassification, configuration_spin
 
 HEAD = {"score.weight", "score.bias"}
 
@@ -54,7 +54,9 @@ def same_weights(model, other):
     return all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_evaluates_and_ends_with_the_best_checkpoint(model, sentiment_rows, tmp_path):
+def test_evaluates_and_ends_with_the_best_checkpoint(model, sentiment_rows, tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(configuration_spin.logger, "warning_once", heard.append)
     made = trainer(
         model,
         sentiment_rows,
@@ -78,6 +80,7 @@ def test_evaluates_and_ends_with_the_best_checkpoint(model, sentiment_rows, tmp_
     assert output.predictions.shape == (16, 2)
     best = SpinForSequenceClassification.from_pretrained(made.state.best_model_checkpoint)
     assert same_weights(best, model)
+    assert not heard  # what Trainer writes into a config is known
 
 
 def test_resuming_ends_with_the_same_weights(model, sentiment_rows, tmp_path):
