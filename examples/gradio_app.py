@@ -37,11 +37,9 @@ def make_app(folder: Path) -> gradio.Interface:
     return gradio.Interface(
         classify,
         inputs=[gradio.Textbox(label="Text", lines=3), slider],
-        outputs=[gradio.Textbox(label="Answer"), gradio.Label(label="Probabilities", num_top_classes=8)],
+        outputs=[gradio.Textbox(label="Answer"), gradio.Label(label="Probabilities", num_top_classes=8, show_heading=False)],
         title=folder.resolve().name,
-        description=f"A frozen {model.config.backbone_config.model_type} of {model.spin.depth} blocks, read at "
-        f"{model.config.num_features:,} neurons.",
-        examples=[["Lovely, the third parcel in a row that arrived empty.", 0.5], ["Could you, or not?", 0.8]],
+        description=f"{model.config.num_features:,} neurons are read, in {model.spin.depth} blocks of the backbone.",
         flagging_mode="never",
     )
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import runpy
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+import spin_hf.demo
 from spin_hf import SpinForSequenceClassification
 from spin_hf.calibration import recipe
 
@@ -19,14 +21,15 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 DATA = Path(os.environ.get("SPIN_HF_DATA", ROOT.parent / "shared" / "data"))  # the public sets, where they are at hand
 
+SMALL = replace(recipe._PRESETS["default"], Cs=4, etas=(0.6,), depths=(3,))
+
 
 def run_example(name, *options):
     """Run an example as the main program, with fewer settings; return what it printed."""
     shown = io.StringIO()
-    small = replace(recipe._PRESETS["default"], Cs=4, etas=(0.6,), depths=(3,))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
         patch.syspath_prepend(str(EXAMPLES))
-        patch.setitem(recipe._PRESETS, "default", small)
+        patch.setitem(recipe._PRESETS, "default", SMALL)
         patch.setattr(sys, "argv", [name, *map(str, options)])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     return shown.getvalue()
@@ -158,3 +161,31 @@ def test_gradio_app(classifier, monkeypatch):
     assert app.fn(text, 1) == ("not sure enough to say", probabilities)
     with pytest.raises(Exception, match="Write something"):
         app.fn(" ", 0)
+
+
+def test_notebook(minilm_path, tmp_path, monkeypatch):
+    notebook = json.loads((EXAMPLES / "notebook.ipynb").read_text(encoding="utf-8"))
+    sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    whole = spin_hf.demo.load_split
+    monkeypatch.setattr(spin_hf.demo, "load_split", lambda split: whole(split)[:100])
+    monkeypatch.setitem(recipe._PRESETS, "default", SMALL)
+    monkeypatch.chdir(tmp_path)
+    space: dict = {}
+    for source in sources:
+        exec(compile(re.sub(r"^%.*$", "", source, flags=re.MULTILINE), "notebook.ipynb", "exec"), space)
+    (axes,) = space["figure"].axes
+    assert axes.get_ylabel() == "Accuracy, validation (100 texts)"
+    assert [row["label"] for row in space["rows"]].count(None) == space["prediction"].abstained.sum()
+    assert SpinForSequenceClassification.from_pretrained(tmp_path / "my-classifier").calibrated
+
+
+def test_the_notebook_shows_what_a_kernel_printed():
+    """Its outputs are kept, since the Hub and GitHub show them, but they are small, whole and of no one machine."""
+    text = (EXAMPLES / "notebook.ipynb").read_text(encoding="utf-8")
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert len(text) < 200_000
+    assert not re.search(r"/(home|usr|tmp|root)/", text)

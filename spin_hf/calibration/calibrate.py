@@ -259,6 +259,7 @@ def spin_calibrate(
             "seed": seed,
             "tried_depths": tried_depths,
             "blocks": blocks,
+            "recalibrate": recalibrate,
         },
         confidence=confidence,
     )

@@ -99,7 +99,7 @@ def write_card(
     if dataset is not None:
         told.update(_named(dataset))
     try:
-        layer_profile(result, metric=title(result.metric)).savefig(folder / PICTURE, metadata={"Software": None})
+        layer_profile(result).savefig(folder / PICTURE, metadata={"Software": None})
     except ImportError:
         (folder / PICTURE).unlink(missing_ok=True)  # of an earlier result
         logger.warning("The card has no picture, for want of matplotlib: pip install 'spin_hf[plots]'.")
@@ -241,6 +241,8 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
         form=checkpoint.form,
         problem_type=config.get("problem_type"),
         task=_TASKS.get(str(config.get("problem_type")), "unknown"),
+        trained=bool(result.settings.get("recalibrate")),
+        target="number" if config.get("problem_type") == "regression" else "label",
         labels=[str(label) for label in result.data["labels"]],
         most_labels=_MOST_LABELS,
         base_model=base_model_of(checkpoint, told),

@@ -10,10 +10,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from spin_hf import CalibrationResult
-from spin_hf.hub import CardError, write_card
+from spin_hf.hub import CardError, layer_profile, write_card
 from spin_hf.hub.card import card_text
 from spin_hf.hub.folder import Checkpoint
-from spin_hf.hub.profile import layer_profile
 
 TEST = {
     "rows": 400,
@@ -177,7 +176,7 @@ def test_the_picture_shows_every_probe(classifier):
     write_card(classifier)
     assert (classifier / "layer_profile.png").read_bytes().startswith(b"\x89PNG")
     result = CalibrationResult.load(classifier / "calibration.json")
-    (axes,) = layer_profile(result, metric="Accuracy").axes
+    (axes,) = layer_profile(result).axes
     lines = {line.get_label(): line for line in axes.get_lines()}
     drawn = {
         (f"{kind}.{int(block)}", float(score))
