@@ -19,7 +19,18 @@ from ..calibration import CalibrationResult
 from ..taps import Tap
 from .folder import Checkpoint, hub_id
 from .markdown import Markdown, render
-from .metadata import PAPER, TAGS, UNNAMED, WRITTEN, base_model_of, metadata, scores, standard_error, title
+from .metadata import (
+    PAPER,
+    TAGS,
+    UNNAMED,
+    WRITTEN,
+    base_model_of,
+    metadata,
+    scores,
+    standard_error,
+    title,
+    was_trained,
+)
 from .profile import layer_profile
 
 logger = logging.get_logger(__name__)
@@ -241,7 +252,7 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
         form=checkpoint.form,
         problem_type=config.get("problem_type"),
         task=_TASKS.get(str(config.get("problem_type")), "unknown"),
-        trained=bool(result.settings.get("recalibrate")),
+        trained=was_trained(result),
         target="number" if config.get("problem_type") == "regression" else "label",
         labels=[str(label) for label in result.data["labels"]],
         most_labels=_MOST_LABELS,

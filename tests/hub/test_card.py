@@ -71,6 +71,21 @@ def test_the_text_holds_the_record(classifier):
     assert f"{result.confidence.before.expected_calibration_error:.4f}" in text
 
 
+def test_a_trained_backbone_is_not_called_untouched(classifier):
+    text = write_card(classifier).read_text(encoding="utf-8")
+    assert "without training it" in text
+    assert "stays behind a fine-tuned one" in text
+    record = classifier / "calibration.json"
+    values = json.loads(record.read_text(encoding="utf-8"))
+    values["settings"]["recalibrate"] = True
+    record.write_text(json.dumps(values), encoding="utf-8")
+    text = write_card(classifier).read_text(encoding="utf-8")
+    assert "which was trained or adapted" in text
+    assert not [
+        claim for claim in ("without training", "No weight", "frozen backbone", "frozen-backbone") if claim in text
+    ]
+
+
 def test_without_a_test_set_the_card_says_so(classifier):
     path = write_card(classifier)
     first = path.read_bytes()
