@@ -34,6 +34,7 @@ def make_app(folder: Path) -> gradio.Interface:
         return row["label"] if "label" in row else ", ".join(row["labels"]) or "none of the labels", row["scores"]
 
     slider = gradio.Slider(0, 1, value=0.5, step=0.01, label="Abstain below this confidence")
+    probabilities = gradio.Label(label="Probabilities", num_top_classes=8, show_heading=False)
     return gradio.Interface(
         classify,
         inputs=[gradio.Textbox(label="Text", lines=3), slider],

@@ -29,7 +29,7 @@ def by_class(matrix: list[list[int]]) -> list[tuple[float, float, float]]:
 
 
 def main() -> None:
-    options = parser(__doc__, data=True, rows=4000, out="outputs/minilm-edos").parse_args()
+    options = parser(__doc__, data=True, rows=3000, out="outputs/minilm-edos").parse_args()
     train, validation, test = load(options.data, "edos", options.rows)
     backbone = backbone_folder() or BACKBONE_ID
     tokenizer = AutoTokenizer.from_pretrained(backbone)

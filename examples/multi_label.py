@@ -16,7 +16,7 @@ from spin_hf.scoring import score_rows, shown_scores
 
 
 def main() -> None:
-    options = parser(__doc__, data=True, rows=4000, out="outputs/minilm-goemotions").parse_args()
+    options = parser(__doc__, data=True, rows=3000, out="outputs/minilm-goemotions").parse_args()
     train, validation, test = load(options.data, "go_emotions", options.rows)
     emotions = sorted({emotion for row in (*train, *validation, *test) for emotion in row["labels"]})
 

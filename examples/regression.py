@@ -31,7 +31,7 @@ def with_valence(rows: Rows) -> Rows:
 
 
 def main() -> None:
-    options = parser(__doc__, data=True, rows=4000, out="outputs/minilm-valence").parse_args()
+    options = parser(__doc__, data=True, rows=3000, out="outputs/minilm-valence").parse_args()
     train, validation, test = map(with_valence, load(options.data, "go_emotions", options.rows))
 
     backbone = backbone_folder() or BACKBONE_ID
