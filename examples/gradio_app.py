@@ -38,10 +38,7 @@ def make_app(folder: Path) -> gradio.Interface:
     return gradio.Interface(
         classify,
         inputs=[gradio.Textbox(label="Text", lines=3), slider],
-        outputs=[
-            gradio.Textbox(label="Answer"),
-            gradio.Label(label="Probabilities", num_top_classes=8, show_heading=False),
-        ],
+        outputs=[gradio.Textbox(label="Answer"), probabilities],
         title=folder.resolve().name,
         description=f"{model.config.num_features:,} neurons are read, in {model.spin.depth} blocks of the backbone.",
         flagging_mode="never",
