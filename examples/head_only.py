@@ -45,7 +45,7 @@ def main() -> None:
     tensors = {tensor.data_ptr(): tensor.nbytes for model in models for tensor in model.state_dict().values()}
     alone = sum(tensor.nbytes for tensor in backbone.state_dict().values())
     print(f"\nThe backbone takes {alone / 1e6:.1f} MB, with {len(heads)} heads {sum(tensors.values()) / 1e6:.1f} MB.")
-    text = "My only question is how this ever passed inspection."
+    text = "Lovely, the third parcel in a row that arrived empty."
     print(text, {question: predict(head, tokenizer, [text]).row(0)["label"] for question, head in heads.items()})
 
     other = AutoModel.from_pretrained(source)

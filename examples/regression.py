@@ -43,7 +43,7 @@ def main() -> None:
     scores = score_rows(model, tokenizer, test)
     mean = sum(row["label"] for row in train) / len(train)
     error = sum(abs(row["label"] - mean) for row in test) / len(test)
-    lines = [("always the mean", 0.0, error), ("SPIN", scores["r2"], scores["mean_absolute_error"])]
+    lines = [("always the mean", "", error), ("SPIN", scores["r2"], scores["mean_absolute_error"])]
     print(table((f"test, {scores['rows']:,} texts", "R²", "mean absolute error"), lines))
 
     texts = ["What a lovely surprise, thank you!", "The bus leaves at nine.", "I hate this, it makes me sick."]
@@ -51,7 +51,7 @@ def main() -> None:
     for i, text in enumerate(texts):
         print(f"{prediction.row(i)['value']:+.2f}  {text}")
 
-    save(model, tokenizer, options.out, result=result, test=scores, dataset="GoEmotions, valence")
+    save(model, tokenizer, options.out, result=result, test=scores, dataset="GoEmotions valence")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def test_regression(run, tmp_path):
     shown = run("regression.py", "--rows", 150, "--out", tmp_path / "out", data="go_emotions")
     assert numbers(lines_of(shown, "SPIN")[-1])
     assert SpinForSequenceClassification.from_pretrained(tmp_path / "out").config.problem_type == "regression"
-    is_shared(tmp_path / "out", "GoEmotions, valence")
+    is_shared(tmp_path / "out", "GoEmotions valence")
 
 
 def test_head_only(run, tmp_path):

@@ -40,9 +40,9 @@ RECORD, EVALUATION = "calibration.json", "evaluation.json"
 
 Features = Sequence[Mapping[str, Any]]
 _TASKS = {
-    "single_label_classification": "one label per text",
-    "multi_label_classification": "any number of labels per text",
-    "regression": "a number per text",
+    "single_label_classification": "one label per",
+    "multi_label_classification": "any number of labels per",
+    "regression": "a number per",
 }
 _LICENSE = ("license", "license_name", "license_link")
 _CALLED = re.compile(r'pipeline\("text-classification", ("[^"\n]*")')  # what a card loads the model by
@@ -251,7 +251,9 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
         paper=PAPER,
         form=checkpoint.form,
         problem_type=config.get("problem_type"),
-        task=_TASKS.get(str(config.get("problem_type")), "unknown"),
+        task=_TASKS.get(str(config.get("problem_type")), "unknown, per"),
+        text="pair" if config.get("text_pairs") else "text",
+        pairs=bool(config.get("text_pairs")),
         trained=was_trained(result),
         target="number" if config.get("problem_type") == "regression" else "label",
         labels=[str(label) for label in result.data["labels"]],

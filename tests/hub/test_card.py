@@ -1,6 +1,7 @@
 """The card says what the record says, in words and in the Hub's own vocabulary, and nothing about the machine."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -224,8 +225,26 @@ def test_other_tasks_have_their_own_words(made, tmp_path, problem):
     text = write_card(made(tmp_path / "m", rows=rows, problem_type=problem, labels=labels)).read_text(encoding="utf-8")
     multi = problem == "multi_label_classification"
     assert ("top_k=None" in text) == multi
+    assert ("A text classifier made" in text) == multi
     assert ('function_to_apply="none"' in text) != multi
     assert ModelCard(text).data.metrics == (["f1"] if multi else ["r_squared"])
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_its_code_runs_as_it_stands(made, tmp_path, monkeypatch, capsys, pairs):
+    rows = builders.make_sentiment_rows()
+    if pairs:
+        rows["text_pair"] = rows["text"][1:] + rows["text"][:1]
+    text = write_card(made(tmp_path / "films", rows=rows, labels=["bad", "good"])).read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    space: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), space)
+    assert "'label': " in capsys.readouterr().out
+    assert (tmp_path / "self-contained" / "modeling_spin.py").is_file()
+    assert ("one label per pair" in text) == pairs
 
 
 def test_missing_facts_are_errors(classifier):
