@@ -270,7 +270,7 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
         standard_error=standard_error(result.metric, result.chosen.score, result.data["eval_rows"]),
         best_baseline=max(result.baselines.values(), default=None),
         test=test,
-        test_scores=[(title(key), value) for key, value in scores(test)],
+        test_scores=_test_scores(result.metric, test, config.get("problem_type")),
         test_error=standard_error("accuracy", (test or {}).get("accuracy"), (test or {}).get("rows", 1)),
         matrix=_matrix(test),
         columns=[", ".join(column) for column in _columns(features)],
@@ -279,6 +279,13 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
         picture=PICTURE if (checkpoint.folder / PICTURE).is_file() else None,
         weight_bytes=checkpoint.bytes,
     )
+
+
+def _test_scores(first: str, test: Mapping[str, Any] | None, problem_type: str | None) -> list[tuple[str, float]]:
+    """The test's scores by their titles, beginning with the one that chose the model."""
+    words = {"accuracy": "Exact match"} if problem_type == "multi_label_classification" else {}  # of all labels at once
+    ordered = sorted(scores(test), key=lambda pair: pair[0] != first)
+    return [(words.get(key) or title(key), value) for key, value in ordered]
 
 
 def _matrix(test: Mapping[str, Any] | None) -> list[tuple[str, list[int]]]:

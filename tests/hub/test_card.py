@@ -72,16 +72,17 @@ def test_the_text_holds_the_record(classifier):
     assert f"{result.confidence.before.expected_calibration_error:.4f}" in text
 
 
-def test_a_trained_backbone_is_not_called_untouched(classifier):
+def test_a_trained_backbone_is_not_called_untouched_and_class_weights_are_told(classifier):
     text = write_card(classifier).read_text(encoding="utf-8")
     assert "without training it" in text
     assert "stays behind a fine-tuned one" in text
     record = classifier / "calibration.json"
     values = json.loads(record.read_text(encoding="utf-8"))
-    values["settings"]["recalibrate"] = True
+    values["settings"] |= {"recalibrate": True, "class_weight": [0.625, 2.5]}
     record.write_text(json.dumps(values), encoding="utf-8")
     text = write_card(classifier).read_text(encoding="utf-8")
     assert "which was trained or adapted" in text
+    assert "bad 0.625, good 2.5, which shift the probabilities" in cells(shown(text))
     assert not [
         claim for claim in ("without training", "No weight", "frozen backbone", "frozen-backbone") if claim in text
     ]
@@ -226,6 +227,10 @@ def test_other_tasks_have_their_own_words(made, tmp_path, problem):
     multi = problem == "multi_label_classification"
     assert ("top_k=None" in text) == multi
     assert ("A text classifier made" in text) == multi
+    if multi:
+        test = {"rows": 40, "accuracy": 0.25, "macro_f1": 0.5, "micro_f1": 0.75}
+        tested = write_card(tmp_path / "m", test=test).read_text(encoding="utf-8")
+        assert "| Test | Micro F1 0.7500, Exact match 0.2500" in tested
     assert ('function_to_apply="none"' in text) != multi
     assert ModelCard(text).data.metrics == (["f1"] if multi else ["r_squared"])
 
