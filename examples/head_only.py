@@ -4,6 +4,9 @@
 
 Three questions about the customer messages that come with the package: what the writer does (label), what makes the
 message hard to read (kind), and whether it is a complaint. Features are extracted once, for all three.
+
+Seen, three minutes on one core: heads of 97, 58 and 5 KB; the backbone takes 90.9 MB of memory, with all three heads
+91.0. The same model with one number changed is refused, by its fingerprint.
 """
 
 from __future__ import annotations

@@ -4,6 +4,16 @@
 
 Two classifiers, chosen by macro F1: one where every row weighs the same, one with ``class_weight="balanced"``. They
 are compared on validation; the better one is scored on test. The second extracts nothing: ``cache_dir`` has it all.
+
+Seen with ``--rows 2000``, three minutes on one core:
+
+    validation                         precision  recall      F1  macro F1
+    class_weight=None, not sexist         0.8362  0.8970  0.8655    0.6880
+    class_weight=None, sexist             0.5851  0.4527  0.5104    0.6880
+    class_weight=balanced, not sexist     0.8822  0.7715  0.8231    0.6956
+    class_weight=balanced, sexist         0.4882  0.6790  0.5680    0.6956
+
+Weights find two thirds of the sexist posts instead of 45 %, for a lower precision. Test, balanced: macro F1 0.704.
 """
 
 from __future__ import annotations

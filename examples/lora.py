@@ -2,8 +2,17 @@
 
     python examples/lora.py
 
-LoRA moves the neurons that calibration chose, so that the last step pays: what was a good choice before training is not
-the best one after it.
+LoRA moves the neurons that calibration chose, so that other ones may be better after it: a re-calibration asks. Seen,
+accuracy on validation and test:
+
+                                 features  validation    test
+    calibrated                       2884      0.8611  0.7708
+    LoRA                             2884      0.8542  0.7986
+    LoRA, merged                     2884      0.8542  0.7986
+    LoRA, merged, re-calibrated      2725      0.8542  0.7778
+
+On 144 messages a standard error is 0.035, so none of these differs from another: 576 messages are too few for an
+adapter to pay. Merging changes nothing, as it should. Five minutes on one core.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@
 
 Columns named ``text`` and ``text_pair`` (or ``sentence1`` and ``sentence2``, ``premise`` and ``hypothesis`` ...) are
 found; others are named with ``text_column=["first", "second"]``. The two texts go through the backbone together.
+
+Seen on all rows: test accuracy 0.731, against 0.665 for always saying paraphrase; two minutes on one core. A frozen
+encoder that was trained on single sentences compares two of them poorly: the second pair printed here goes wrong.
 """
 
 from __future__ import annotations

@@ -4,6 +4,16 @@
     python examples/trainer.py --whole 4    # then four epochs of the whole model, and a re-calibration
 
 The backbone is frozen, so its features are read once (``store_features``) and an epoch costs a matrix product.
+Seen, accuracy on validation and test:
+
+                                features  validation    test
+    calibrated                      2884      0.8611  0.7708
+    head trained                    2884      0.8542  0.7986
+    gates trained, pruned            162      0.7917  0.7431
+    all trained, re-calibrated      2195      0.8542  0.7778
+
+Dropping 94 % of the features costs six points. The other differences are within the standard error, 0.035 on 144
+messages: 576 to train on are too few to gain by. Four minutes on one core, four fifths of them for ``--whole``.
 """
 
 from __future__ import annotations
