@@ -13,7 +13,6 @@ Several processes share a calibration: torchrun --nproc-per-node 8 examples/accu
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import sys
@@ -23,12 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
-from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, AutoTokenizer
@@ -40,30 +39,19 @@ from spin_hf.prediction import predict
 METHODS = ("tfidf", "last layer", "best probe", "spin paper", "spin")
 SETS = {"sst2": "accuracy", "trec": "accuracy", "edos": "macro_f1", "imdb": "accuracy"}
 IMDB_ROWS = 5000
-SEED = 0
+SEED = common.SEED
 MAIN = os.environ.get("RANK", "0") == "0"  # of the processes of a launch, the one that writes
 CS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
-def read_split(folder: Path, name: str, split: str) -> list[dict[str, Any]]:
-    path = folder / name / f"{split}.jsonl.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return [{"text": row["text"], "label": row["label"]} for row in rows]
-
-
 def load(folder: Path, name: str) -> tuple[list[dict], list[dict], list[dict]]:
     """Train, validation, test; IMDb is cut to 5000 + 5000; a fifth of train validates where there is no split."""
-    train, test = read_split(folder, name, "train"), read_split(folder, name, "test")
-    if name == "imdb":
-        draw = np.random.default_rng(SEED)
-        train = [train[i] for i in draw.permutation(len(train))[:IMDB_ROWS]]
-        test = [test[i] for i in draw.permutation(len(test))[:IMDB_ROWS]]
-    if (folder / name / "validation.jsonl.gz").exists():
-        return train, read_split(folder, name, "validation"), test
-    labels = [row["label"] for row in train]
-    train, validation = train_test_split(train, test_size=0.2, random_state=SEED, stratify=labels)
-    return train, validation, test
+    if name != "imdb":
+        return common.load(folder, name)
+    draw = np.random.default_rng(SEED)
+    parts = (common.read_split(folder, name, split) for split in ("train", "test"))
+    train, test = ([rows[i] for i in draw.permutation(len(rows))[:IMDB_ROWS]] for rows in parts)
+    return *common.hold_out(train), test
 
 
 def score(metric: str, labels: Any, predictions: Any) -> float:

@@ -122,6 +122,9 @@ def calibrate(
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
     problem_type: Annotated[_Problem, typer.Option(help="What the labels are.")] = _Problem.single,
+    labels: Annotated[
+        list[str] | None, typer.Option(help="Name of a label that the data has as a number; repeated, from 0 on.")
+    ] = None,
     cv: Annotated[int | None, typer.Option(help="Folds of cross-validation, instead of --validation.")] = None,
     metric: Annotated[str | None, typer.Option(help="accuracy, macro_f1, micro_f1, matthews or r2.")] = None,
     balanced: Annotated[bool, typer.Option("--balanced", help="Weigh classes by their rarity.")] = False,
@@ -163,16 +166,18 @@ def calibrate(
         raise UserError(f"--limit must be at least 1; got {limit}.")
     demand_writable(out)
     check_base_model(base_model)
+    _check_labels(labels, problem_type)
     columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
     train_rows, eval_rows = (_drawn(data, limit, seed) for data in training_splits(train, validation, cv=cv))
     tests = None
     if test is not None:
         tests = _drawn(split_of(test, "test"), limit, seed)
-        labels = label_names(read_rows(train_rows, "train", **columns), ["LABEL_0", "LABEL_1"], problem_type.value)
+        known = labels or ["LABEL_0", "LABEL_1"]
+        names = label_names(read_rows(train_rows, "train", **columns), known, problem_type.value)
         # its mistakes are told before the long work
-        encode_labels(read_rows(tests, "test", **columns), labels, problem_type.value, "test")
+        encode_labels(read_rows(tests, "test", **columns), names, problem_type.value, "test")
     tokenizer = load_tokenizer(backbone, revision=revision, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = dict(_given(revision=revision, dtype=dtype and dtype.value))
+    options: dict[str, Any] = dict(_given(labels=labels, revision=revision, dtype=dtype and dtype.value))
     if trust_remote_code:
         options["trust_remote_code"] = True
     with telling_what_fails(backbone):
@@ -360,6 +365,19 @@ def _ago(seconds: float) -> str:
 
 def _given(**values: Any) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in values.items() if value is not None]
+
+
+def _check_labels(names: list[str] | None, problem_type: _Problem) -> None:
+    if names is None:
+        return
+    if problem_type is _Problem.regression:
+        raise UserError("Regression predicts a number, so --labels has nothing to name. Leave it out.")
+    fewest = 2 if problem_type is _Problem.single else 1
+    if len(names) < fewest or len(set(names)) < len(names):
+        raise UserError(
+            f"--labels should name all labels, each once, in the order of their numbers; got {', '.join(names)}. "
+            "Write --labels negative --labels positive."
+        )
 
 
 def _drawn(data: Any, limit: int | None, seed: int) -> Any:

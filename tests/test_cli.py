@@ -296,3 +296,27 @@ def test_mistakes_that_would_cost_work_are_told_first(files, tmp_path, monkeypat
     line = fails("calibrate", get_model_path(), *data, "--test", tmp_path / "test.csv", "--out", tmp_path / "out")
     assert "the test data has the label 'riddle'" in line.lower()
     assert "own folder" in fails("calibrate", tmp_path, *data, "--out", tmp_path / "." / "")
+
+
+def test_numbers_get_names(tmp_path, minilm_path, monkeypatch):
+    names = ["praise", "complaint"]
+    for split in ("train", "test"):
+        rows = [row for row in load_split(split) if row["label"] in names][:60]
+        numbered = [{"text": row["text"], "label": names.index(row["label"])} for row in rows]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in numbered), encoding="utf-8")
+    command = ["calibrate", minilm_path, "--train", tmp_path / "train.jsonl", "--out", tmp_path / "out"]
+    narrow = ["--kind", "ffn", "--pooling", "mean", "--max-depth", 1, "--device", "cpu"]
+    named = ["--labels", "praise", "--labels", "complaint"]
+    shown = run(*command, *narrow, *named, "--test", tmp_path / "test.jsonl").stdout
+    assert "praise" in shown
+    assert "LABEL_" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {"0": "praise", "1": "complaint"}
+    row = json.loads(run("predict", tmp_path / "out", "Thank you, this is the best shop in town!").stdout)
+    assert row["label"] == "praise"
+    three = tmp_path / "three.jsonl"
+    three.write_text("".join(json.dumps({"text": f"text {i}", "label": i % 3}) + "\n" for i in range(9)))
+    assert "there are 2 labels" in fails(*command, *named, "--train", three)
+    monkeypatch.setattr("spin_hf.calibration.calibrate.spin_calibrate", lambda *a, **k: pytest.fail("work began"))
+    assert "each once" in fails(*command, "--labels", "praise")
+    assert "each once" in fails(*command, "--labels", "praise", "--labels", "praise")
+    assert "Leave it out" in fails(*command, *named, "--problem-type", "regression")

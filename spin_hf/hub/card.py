@@ -19,7 +19,18 @@ from ..calibration import CalibrationResult
 from ..taps import Tap
 from .folder import Checkpoint, hub_id
 from .markdown import Markdown, render
-from .metadata import PAPER, TAGS, UNNAMED, WRITTEN, base_model_of, metadata, scores, standard_error, title
+from .metadata import (
+    PAPER,
+    TAGS,
+    UNNAMED,
+    WRITTEN,
+    base_model_of,
+    metadata,
+    scores,
+    standard_error,
+    title,
+    was_trained,
+)
 from .profile import layer_profile
 
 logger = logging.get_logger(__name__)
@@ -29,9 +40,9 @@ RECORD, EVALUATION = "calibration.json", "evaluation.json"
 
 Features = Sequence[Mapping[str, Any]]
 _TASKS = {
-    "single_label_classification": "one label per text",
-    "multi_label_classification": "any number of labels per text",
-    "regression": "a number per text",
+    "single_label_classification": "one label per",
+    "multi_label_classification": "any number of labels per",
+    "regression": "a number per",
 }
 _LICENSE = ("license", "license_name", "license_link")
 _CALLED = re.compile(r'pipeline\("text-classification", ("[^"\n]*")')  # what a card loads the model by
@@ -99,7 +110,7 @@ def write_card(
     if dataset is not None:
         told.update(_named(dataset))
     try:
-        layer_profile(result, metric=title(result.metric)).savefig(folder / PICTURE, metadata={"Software": None})
+        layer_profile(result).savefig(folder / PICTURE, metadata={"Software": None})
     except ImportError:
         (folder / PICTURE).unlink(missing_ok=True)  # of an earlier result
         logger.warning("The card has no picture, for want of matplotlib: pip install 'spin_hf[plots]'.")
@@ -240,7 +251,11 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
         paper=PAPER,
         form=checkpoint.form,
         problem_type=config.get("problem_type"),
-        task=_TASKS.get(str(config.get("problem_type")), "unknown"),
+        task=_TASKS.get(str(config.get("problem_type")), "unknown, per"),
+        text="pair" if config.get("text_pairs") else "text",
+        pairs=bool(config.get("text_pairs")),
+        trained=was_trained(result),
+        target="number" if config.get("problem_type") == "regression" else "label",
         labels=[str(label) for label in result.data["labels"]],
         most_labels=_MOST_LABELS,
         base_model=base_model_of(checkpoint, told),
@@ -251,12 +266,11 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
         chosen=result.chosen,
         num_features=sum(entry["count"] for entry in features),
         changed=features != list(result.kept),
-        trained=bool(result.settings.get("recalibrate")),  # what a calibration anew is for
         metric=title(result.metric),
         standard_error=standard_error(result.metric, result.chosen.score, result.data["eval_rows"]),
         best_baseline=max(result.baselines.values(), default=None),
         test=test,
-        test_scores=[(title(key), value) for key, value in scores(test)],
+        test_scores=_test_scores(result.metric, test, config.get("problem_type")),
         test_error=standard_error("accuracy", (test or {}).get("accuracy"), (test or {}).get("rows", 1)),
         matrix=_matrix(test),
         columns=[", ".join(column) for column in _columns(features)],
@@ -265,6 +279,13 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
         picture=PICTURE if (checkpoint.folder / PICTURE).is_file() else None,
         weight_bytes=checkpoint.bytes,
     )
+
+
+def _test_scores(first: str, test: Mapping[str, Any] | None, problem_type: str | None) -> list[tuple[str, float]]:
+    """The test's scores by their titles, beginning with the one that chose the model."""
+    words = {"accuracy": "Exact match"} if problem_type == "multi_label_classification" else {}  # of all labels at once
+    ordered = sorted(scores(test), key=lambda pair: pair[0] != first)
+    return [(words.get(key) or title(key), value) for key, value in ordered]
 
 
 def _matrix(test: Mapping[str, Any] | None) -> list[tuple[str, list[int]]]:

@@ -12,7 +12,8 @@ from ..calibration import CalibrationResult
 from .folder import Checkpoint
 
 PAPER = "2311.15983"
-TAGS = ["spin_hf", "text-classification", "frozen-backbone", f"arxiv:{PAPER}"]
+FROZEN = "frozen-backbone"
+TAGS = ["spin_hf", "text-classification", FROZEN, f"arxiv:{PAPER}"]
 UNNAMED = "unknown"  # data, where a person named none: the Hub wants a name
 # Fields that are written anew with each card; all others are a person's.
 WRITTEN = ("library_name", "pipeline_tag", "metrics", "model-index", "base_model_relation", "tags")
@@ -62,7 +63,7 @@ def metadata(
             # The Hub shows how to load by this name; transformers alone can only load the self-contained form.
             "library_name": "transformers" if checkpoint.form == "self_contained" else "spin_hf",
             "pipeline_tag": "text-classification",
-            "tags": TAGS + list(told.get("more_tags", [])),
+            "tags": [*(tag for tag in TAGS if tag != FROZEN or not was_trained(result)), *told.get("more_tags", [])],
             "metrics": list(dict.fromkeys(known)),
             "model_name": name,
             "eval_results": _eval_results(result, told, test),
@@ -95,6 +96,11 @@ def _eval_results(
             )
         )
     return results
+
+
+def was_trained(result: CalibrationResult) -> bool:
+    """Whether the calibration was one of a backbone that had been trained or adapted before."""
+    return bool(result.settings.get("recalibrate"))
 
 
 def title(metric: str) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..calibration import CalibrationResult
 from ..taps import Tap
+from .metadata import title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,12 +18,11 @@ _NAMES = {"hidden": "hidden state", "ffn": "FFN neurons", "norm": "after the fin
 _STYLES = {"mean": ("o", "-"), "max": ("^", "--"), "first": ("s", ":"), "last": ("D", "-.")}
 
 
-def layer_profile(result: CalibrationResult, *, metric: str) -> Figure:
+def layer_profile(result: CalibrationResult) -> Figure:
     """The picture, with the scores of the last layer and of SPIN as lines.
 
     Args:
         result: the record of a calibration.
-        metric: name of the score, as a reader knows it.
 
     Raises:
         ImportError: without matplotlib.
@@ -41,7 +41,7 @@ def layer_profile(result: CalibrationResult, *, metric: str) -> Figure:
     axes.set_xticks(range(0, last + 1, max(1, round((last + 1) / 16))))
     axes.set_xlim(-0.5, last + 0.5)
     axes.set_xlabel("block (0: the embeddings)")
-    axes.set_ylabel(f"{metric}, {result.data['evaluated']} ({result.data['eval_rows']:,} texts)")
+    axes.set_ylabel(f"{title(result.metric)}, {result.data['evaluated']} ({result.data['eval_rows']:,} texts)")
     axes.set_title("What one probe reads in each layer", loc="left")
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)

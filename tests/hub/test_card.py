@@ -1,6 +1,7 @@
 """The card says what the record says, in words and in the Hub's own vocabulary, and nothing about the machine."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -10,10 +11,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from spin_hf import CalibrationResult, SpinForSequenceClassification, spin_calibrate
-from spin_hf.hub import CardError, write_card
+from spin_hf.hub import CardError, layer_profile, write_card
 from spin_hf.hub.card import card_text
 from spin_hf.hub.folder import Checkpoint
-from spin_hf.hub.profile import layer_profile
 
 TEST = {
     "rows": 400,
@@ -70,6 +70,22 @@ def test_the_text_holds_the_record(classifier):
     assert f"{result.seconds['total']:.1f}" in found
     assert "bad, good" in found
     assert f"{result.confidence.before.expected_calibration_error:.4f}" in text
+
+
+def test_a_trained_backbone_is_not_called_untouched_and_class_weights_are_told(classifier):
+    text = write_card(classifier).read_text(encoding="utf-8")
+    assert "without training it" in text
+    assert "stays behind a fine-tuned one" in text
+    record = classifier / "calibration.json"
+    values = json.loads(record.read_text(encoding="utf-8"))
+    values["settings"] |= {"recalibrate": True, "class_weight": [0.625, 2.5]}
+    record.write_text(json.dumps(values), encoding="utf-8")
+    text = write_card(classifier).read_text(encoding="utf-8")
+    assert "which was trained or adapted" in text
+    assert "bad 0.625, good 2.5, which shift the probabilities" in cells(shown(text))
+    assert not [
+        claim for claim in ("without training", "No weight", "frozen backbone", "frozen-backbone") if claim in text
+    ]
 
 
 def test_without_a_test_set_the_card_says_so(classifier):
@@ -178,7 +194,7 @@ def test_a_trained_backbone_is_no_frozen_one(classifier):
     model.save_pretrained(classifier)
     text = write_card(classifier, result=result).read_text(encoding="utf-8")
     assert not any(words in text for words in frozen)
-    assert "which was trained for it" in text
+    assert "which was trained or adapted" in text
 
 
 def test_the_card_can_name_another_place(classifier):
@@ -192,7 +208,7 @@ def test_the_picture_shows_every_probe(classifier):
     write_card(classifier)
     assert (classifier / "layer_profile.png").read_bytes().startswith(b"\x89PNG")
     result = CalibrationResult.load(classifier / "calibration.json")
-    (axes,) = layer_profile(result, metric="Accuracy").axes
+    (axes,) = layer_profile(result).axes
     lines = {line.get_label(): line for line in axes.get_lines()}
     drawn = {
         (f"{kind}.{int(block)}", float(score))
@@ -225,8 +241,30 @@ def test_other_tasks_have_their_own_words(made, tmp_path, problem):
     text = write_card(made(tmp_path / "m", rows=rows, problem_type=problem, labels=labels)).read_text(encoding="utf-8")
     multi = problem == "multi_label_classification"
     assert ("top_k=None" in text) == multi
+    assert ("A text classifier made" in text) == multi
+    if multi:
+        test = {"rows": 40, "accuracy": 0.25, "macro_f1": 0.5, "micro_f1": 0.75}
+        tested = write_card(tmp_path / "m", test=test).read_text(encoding="utf-8")
+        assert "| Test | Micro F1 0.7500, Exact match 0.2500" in tested
     assert ('function_to_apply="none"' in text) != multi
     assert ModelCard(text).data.metrics == (["f1"] if multi else ["r_squared"])
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_its_code_runs_as_it_stands(made, tmp_path, monkeypatch, capsys, pairs):
+    rows = builders.make_sentiment_rows()
+    if pairs:
+        rows["text_pair"] = rows["text"][1:] + rows["text"][:1]
+    text = write_card(made(tmp_path / "films", rows=rows, labels=["bad", "good"])).read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    space: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), space)
+    assert "'label': " in capsys.readouterr().out
+    assert (tmp_path / "self-contained" / "modeling_spin.py").is_file()
+    assert ("one label per pair" in text) == pairs
 
 
 def test_missing_facts_are_errors(classifier):

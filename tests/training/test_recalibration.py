@@ -46,6 +46,7 @@ def test_it_is_a_calibration_of_the_backbone_as_it_is(model, tokenizer, rows):
     again = spin_calibrate(model, tokenizer, rows, **QUICK, recalibrate=True)
     first = spin_calibrate(fresh, tokenizer, rows, **QUICK)
     assert again.chosen == first.chosen
+    assert (again.settings["recalibrate"], first.settings["recalibrate"]) == (True, False)
     assert again.chosen.depth <= 2
     assert model.config.features == fresh.config.features
     assert model.config.id2label == {0: "bad", 1: "good"}

@@ -1,0 +1,191 @@
+"""Every example runs in its short form: the code that a user would copy, on few rows and fewer settings."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import spin_hf.demo
+from spin_hf import SpinForSequenceClassification
+from spin_hf.calibration import recipe
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+DATA = Path(os.environ.get("SPIN_HF_DATA", ROOT.parent / "shared" / "data"))  # the public sets, where they are at hand
+
+SMALL = replace(recipe._PRESETS["default"], Cs=4, etas=(0.6,), depths=(3,))
+
+
+def run_example(name, *options):
+    """Run an example as the main program, with fewer settings; return what it printed."""
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        patch.syspath_prepend(str(EXAMPLES))
+        patch.setitem(recipe._PRESETS, "default", SMALL)
+        patch.setattr(sys, "argv", [name, *map(str, options)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return shown.getvalue()
+
+
+@pytest.fixture
+def run(minilm_path):
+    """``run(name, *options)``; with ``data="edos"`` on a public set, if it is at hand."""
+
+    def run(name, *options, data=None):
+        if data is None:
+            return run_example(name, *options)
+        if not (DATA / data).is_dir():
+            pytest.skip(f"{DATA / data} is missing; SPIN_HF_DATA may name the folder that holds {data}")
+        return run_example(name, "--data", DATA, *options)
+
+    return run
+
+
+def numbers(line):
+    return [float(number) for number in re.findall(r"\d+\.\d+|\d+", line)]
+
+
+def lines_of(shown, start):
+    found = [line for line in shown.splitlines() if line.startswith(start)]
+    assert found, shown
+    return found
+
+
+def is_shared(folder, dataset):
+    """Model, tokenizer and a card that a Hub visitor can use."""
+    SpinForSequenceClassification.from_pretrained(folder)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
+    assert card.data.license == "apache-2.0"
+    assert {(result.dataset_name, result.dataset_split) for result in card.data.eval_results} == {(dataset, "test")}
+    assert (folder / "tokenizer.json").is_file()
+
+
+def test_every_example_is_here():
+    tested = set(re.findall(r'"(\w+\.(?:py|ipynb))"', Path(__file__).read_text(encoding="utf-8")))
+    tables = {"accuracy_table.py", "common.py"}
+    assert (
+        tested - {"main.py"}
+        >= {path.name for path in EXAMPLES.glob("*.*") if path.suffix in (".py", ".ipynb")} - tables
+    )
+
+
+@pytest.fixture(scope="module")
+def classifier(minilm_path, tmp_path_factory):
+    """What the quick start leaves."""
+    out = tmp_path_factory.mktemp("quick") / "model"
+    shown = run_example("quick_start.py", "--rows", 100, "--out", out)
+    assert "Test, 100 texts: accuracy" in shown
+    assert re.search(r"^(complaint|praise|question|suggestion) +0\.\d\d  Lovely, ", shown, re.MULTILINE)
+    return out
+
+
+def test_quick_start(classifier):
+    is_shared(classifier, "spin_hf demo messages")
+
+
+def test_trainer(run, tmp_path):
+    shown = run("trainer.py", "--rows", 150, "--whole", 1, "--out", tmp_path / "out")
+    calibrated, trained, pruned, whole = shown.splitlines()[-4:]
+    assert calibrated.startswith("calibrated")
+    assert numbers(pruned)[0] < numbers(trained)[0] == numbers(calibrated)[0]
+    assert whole.startswith("all trained")
+    SpinForSequenceClassification.from_pretrained(tmp_path / "out")
+
+
+def test_lora(run, tmp_path):
+    shown = run("lora.py", "--rows", 100, "--epochs", 1, "--out", tmp_path / "out")
+    calibrated, adapted, merged, again = shown.splitlines()[-4:]
+    assert numbers(adapted) == numbers(merged)
+    assert numbers(calibrated)[1:] != numbers(merged)[1:]
+    assert again.startswith("LoRA, merged, re-calibrated")
+    is_shared(tmp_path / "out", "spin_hf demo messages")
+
+
+def test_multi_label(run, tmp_path):
+    shown = run("multi_label.py", "--rows", 150, "--out", tmp_path / "out", data="go_emotions")
+    assert numbers(lines_of(shown, "Test, 150 texts")[0])
+    assert len(SpinForSequenceClassification.from_pretrained(tmp_path / "out").config.id2label) == 28
+    is_shared(tmp_path / "out", "GoEmotions")
+
+
+def test_sentence_pairs(run, tmp_path):
+    shown = run("sentence_pairs.py", "--rows", 120, "--out", tmp_path / "out", data="mrpc")
+    assert lines_of(shown, "Always 'paraphrase': accuracy")
+    assert SpinForSequenceClassification.from_pretrained(tmp_path / "out").config.text_pairs
+    is_shared(tmp_path / "out", "MRPC")
+
+
+def test_imbalanced(run, tmp_path):
+    shown = run("imbalanced.py", "--rows", 150, "--out", tmp_path / "out", data="edos")
+    plain, balanced = (numbers(lines_of(shown, f"class_weight={w}, sexist")[0]) for w in (None, "balanced"))
+    assert plain != balanced
+    winner = re.search(r"The better one: class_weight=(\w+)", shown)[1]
+    assert (winner == "balanced") == (balanced[-1] > plain[-1])
+    is_shared(tmp_path / "out", "EDOS")
+
+
+def test_regression(run, tmp_path):
+    shown = run("regression.py", "--rows", 150, "--out", tmp_path / "out", data="go_emotions")
+    assert numbers(lines_of(shown, "SPIN")[-1])
+    assert SpinForSequenceClassification.from_pretrained(tmp_path / "out").config.problem_type == "regression"
+    is_shared(tmp_path / "out", "GoEmotions valence")
+
+
+def test_head_only(run, tmp_path):
+    shown = run("head_only.py", "--rows", 100, "--out", tmp_path / "out")
+    alone, together = numbers(lines_of(shown, "The backbone takes")[0])[::2]
+    assert alone <= together < 1.05 * alone
+    assert "Another backbone is refused: This head was made for" in shown
+    sizes = [sum(file.stat().st_size for file in head.iterdir()) for head in (tmp_path / "out").iterdir()]
+    assert len(sizes) == 3
+    assert max(sizes) < 500_000
+
+
+def test_gradio_app(classifier, monkeypatch):
+    pytest.importorskip("gradio", reason="the page needs the extra app")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    app = runpy.run_path(str(EXAMPLES / "gradio_app.py"))["make_app"](classifier)
+    text = "Why does nobody answer my letters?"
+    answer, probabilities = app.fn(text, 0)
+    assert answer == max(probabilities, key=probabilities.get)
+    assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+    assert app.fn(text, 1) == ("not sure enough to say", probabilities)
+    with pytest.raises(Exception, match="Write something"):
+        app.fn(" ", 0)
+
+
+def test_notebook(minilm_path, tmp_path, monkeypatch):
+    notebook = json.loads((EXAMPLES / "notebook.ipynb").read_text(encoding="utf-8"))
+    sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    whole = spin_hf.demo.load_split
+    monkeypatch.setattr(spin_hf.demo, "load_split", lambda split: whole(split)[:100])
+    monkeypatch.setitem(recipe._PRESETS, "default", SMALL)
+    monkeypatch.chdir(tmp_path)
+    space: dict = {}
+    for source in sources:
+        exec(compile(re.sub(r"^%.*$", "", source, flags=re.MULTILINE), "notebook.ipynb", "exec"), space)
+    (axes,) = space["figure"].axes
+    assert axes.get_ylabel() == "Accuracy, validation (100 texts)"
+    assert [row["label"] for row in space["rows"]].count(None) == space["prediction"].abstained.sum()
+    assert SpinForSequenceClassification.from_pretrained(tmp_path / "my-classifier").calibrated
+
+
+def test_the_notebook_shows_what_a_kernel_printed():
+    """Its outputs are kept, since the Hub and GitHub show them, but they are small, whole and of no one machine."""
+    text = (EXAMPLES / "notebook.ipynb").read_text(encoding="utf-8")
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert len(text) < 200_000
+    assert not re.search(r"/(home|usr|tmp|root)/", text)
