@@ -173,16 +173,6 @@ def lora_spin(setting: Setting) -> Outcome:
     return of_spin(adapted.merge_and_unload(), setting, parameters)
 
 
-def lora_spin_anew(setting: Setting) -> Outcome:
-    model = calibrated(setting)
-    adapted = with_lora(model, lora_targets(model))
-    parameters = trainable(adapted)
-    trained(adapted, setting, tokens(setting), epochs=3)
-    model = adapted.merge_and_unload()
-    spin_calibrate(model, setting.tokenizer, setting.train, setting.validation, recalibrate=True, progress=False)
-    return of_spin(model, setting, parameters)
-
-
 def lora_native(setting: Setting) -> Outcome:
     adapted = with_lora(native(setting), lora_targets(calibrated(setting)))
     trained(adapted, setting, tokens(setting), epochs=3)
@@ -239,7 +229,6 @@ METHODS: dict[str, tuple[Callable[[Setting], Outcome], tuple[float, ...]]] = {
     "SPIN, head trained": (spin_head, (1e-5, 1e-4, 1e-3)),
     "SPIN, gates": (spin_gates, (1e-3, 3e-3)),
     "LoRA, SPIN head": (lora_spin, LORA_RATES),
-    "LoRA, SPIN chosen anew": (lora_spin_anew, LORA_RATES),
     "LoRA, native head": (lora_native, LORA_RATES),
     "full fine-tuning": (fine_tuning, (2e-5, 5e-5, 1e-4)),
     "SetFit": (setfit, (2e-5, 1e-4)),
