@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: setup demo test lint format lowest clean
+.PHONY: setup demo test test-quantized lint format lowest clean
 
 setup: $(STAMP)
 
@@ -27,10 +27,20 @@ demo: setup
 	$(BIN)/spin-hf demo
 
 # One thread per test process: two processes with a thread pool each take turns on the same cores.
-test lowest: export OMP_NUM_THREADS ?= 1
+test test-quantized lowest: export OMP_NUM_THREADS ?= 1
 
 test: setup
 	$(BIN)/python $(PYTEST) $(ARGS)
+
+# Beside the environment, not in it: transformers imports both at every start, which takes seconds and warns.
+QUANTIZERS := $(abspath $(VENV))/quantizers
+
+test-quantized: setup $(QUANTIZERS)
+	PYTHONPATH=$(QUANTIZERS) $(BIN)/python $(PYTEST) tests/training/test_quantised.py tests/test_round_trips.py $(ARGS)
+
+$(QUANTIZERS): pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q --upgrade --no-deps -c constraints.txt --target $@ bitsandbytes torchao
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check
