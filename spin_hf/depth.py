@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .taps import Layout, config_field
+from .parts import rebuilt, submodules
+from .taps import Layout
+
+_PER_BLOCK = re.compile(r"layer|block|per_|pattern")
+_BLOCK_NUMBERS = re.compile(r"(layers|_ids|_idxs|_indices)$")
+_COUNT = re.compile(r"(^|_)(layers?|blocks)$")
+_FROM_THE_END = ("num_kv_shared_layers",)  # how many of the last blocks: those of them that go are fewer
+_SWITCHES = ("training", "gradient_checkpointing")  # of a module, set after it was made
 
 
 def truncate(backbone: PreTrainedModel, layout: Layout, depth: int) -> None:
     """Remove the blocks above ``depth`` from the module **in place**, and from its config.
 
-    ``AutoModel.from_config(backbone.config)`` builds the truncated backbone again. Entries of the config that hold one
-    value per block (``layer_types`` and the like) are cut to the same length.
+    ``AutoModel.from_config(backbone.config)`` builds the truncated backbone again: that is tried first, without memory
+    for weights, and shows which lists of modules get shorter and which weights narrower (those with a part for each
+    block). Entries of the config that hold one value per block (``layer_types`` and the like) are cut, too.
 
     Raises:
         ValueError: unless ``1 <= depth <= number of blocks``, or where :func:`why_whole` has a reason.
@@ -21,30 +35,179 @@ def truncate(backbone: PreTrainedModel, layout: Layout, depth: int) -> None:
         raise ValueError(f"depth must lie between 1 and the backbone's {total} blocks; got {depth}.")
     if depth == total:
         return
-    if reason := why_whole(backbone, layout):
-        raise ValueError(f"{reason} Keep all blocks with depths=[{total}].")
-    shorten_config(backbone.config, total, depth)
-    del layout.module_list(backbone)[-(-depth // layout.calls) :]
+    shorter = _shorter(backbone, layout, depth)
+    if isinstance(shorter, str):
+        raise ValueError(f"{shorter} Keep all blocks with depths=[{total}].")
+    config, twin = shorter
+    before = {name: (part, vars(part).copy()) for name, part in _configs(backbone.config)}
+    for name, part in _configs(config):
+        changed = {key: value for key, value in vars(part).items() if before[name][1].get(key) != value}
+        for old in _equal_configs(backbone, *before[name]):
+            vars(old).update(copy.deepcopy(changed))
+    _adopt(backbone, twin)
 
 
-def why_whole(backbone: PreTrainedModel, layout: Layout) -> str | None:
-    """Why a backbone can't be truncated and built again from its config; ``None`` if it can."""
-    total, named = layout.depth(backbone), config_field(backbone, "num_hidden_layers")
-    if named != total:
-        return (
-            f"{type(backbone.config).__name__} gives num_hidden_layers={named}, but {total} blocks were found, so a "
-            "truncated model could not be rebuilt from its config."
-        )
-    if (config_field(backbone, "num_hidden_groups") or 1) > 1:
+def why_whole(backbone: PreTrainedModel, layout: Layout, depth: int | None = None) -> str | None:
+    """Why a backbone can't be truncated to ``depth`` and built again from its config; ``None`` if it can.
+
+    Args:
+        backbone: is not changed.
+        layout: of the backbone.
+        depth: the middle one by default.
+    """
+    total = layout.depth(backbone)
+    depth = max(1, total // 2) if depth is None else depth
+    shorter = None if depth == total else _shorter(backbone, layout, depth)
+    return shorter if isinstance(shorter, str) else None
+
+
+def nearest_depth(backbone: PreTrainedModel, layout: Layout, depth: int) -> int:
+    """The smallest depth from this one up that the backbone can be truncated to; its own where there is no smaller."""
+    total = layout.depth(backbone)
+    return next((some for some in range(depth, total) if not why_whole(backbone, layout, some)), total)
+
+
+def _shorter(backbone: PreTrainedModel, layout: Layout, depth: int) -> str | tuple[PreTrainedConfig, PreTrainedModel]:
+    """The config of the truncated backbone and an empty model of it, or why there is none."""
+    stack, total, kept = layout, layout.own_depth(backbone), depth
+    if layout.decoder is not None:
+        stack, kept = layout.decoder, depth - total
+        total = stack.own_depth(backbone)
+        if kept < 1:
+            return f"{type(backbone).__name__} is read in both stacks, and this depth would leave its decoder empty."
+    if (stack.config_field(backbone, "num_hidden_groups") or 1) > 1:
         return f"{type(backbone).__name__} divides its blocks into groups by their number, which truncation changes."
+    named, problem = stack.config_field(backbone, "num_hidden_layers"), ""
+    for field in _count_fields(stack.config(backbone), total, decoder=stack is not layout):
+        for anything in (False, True):
+            config = copy.deepcopy(backbone.config)
+            try:
+                shorten_config(_twin_config(config, backbone, stack), total, kept, field=field, anything=anything)
+                twin = rebuilt(backbone, config, layout.stacks)
+                found = layout.depth(twin)
+            except Exception as error:  # each config checks its fields in its own way
+                problem = problem or f"A config of {kept} blocks is refused: {error}"
+                continue
+            if found == depth:
+                difference = _difference(backbone, twin, stack.blocks)
+                return difference or (config, twin)
+    return problem or (
+        f"{type(backbone.config).__name__} gives num_hidden_layers={named}, but {total} blocks were found, so a "
+        "truncated model could not be rebuilt from its config."
+    )
+
+
+def _twin_config(config: PreTrainedConfig, backbone: PreTrainedModel, stack: Layout) -> PreTrainedConfig:
+    """In a copy of the backbone's config the part that a stack goes by."""
+    own = stack.config(backbone)
+    fits = [name for name, part in _configs(backbone.config) if part is own]
+    # A stack may hold a copy of its own, made when it was built.
+    fits += [name for name, part in _configs(backbone.config) if type(part) is type(own)]
+    return dict(_configs(config))[(fits or [""])[0]]
+
+
+def _configs(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
+    """A config and those nested in it, by name."""
+    yield prefix, config
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            yield from _configs(value, f"{prefix}.{name}")
+
+
+def _equal_configs(
+    backbone: PreTrainedModel, config: PreTrainedConfig, values: dict[str, Any]
+) -> Iterator[PreTrainedConfig]:
+    """A config, and the copies of it that modules of the backbone hold."""
+    yield config
+    seen = {id(config)}
+    for module in backbone.modules():
+        own = getattr(module, "config", None)
+        if type(own) is type(config) and id(own) not in seen:
+            seen.add(id(own))
+            yield own
+
+
+def _count_fields(config: PreTrainedConfig, total: int, *, decoder: bool) -> list[str]:
+    """Fields of a config that may hold the number of blocks, the likely ones first."""
+    names = [name for name, value in vars(config).items() if type(value) is int and value == total]
+    names = [name for name in names if _COUNT.search(name)]
+    mapped = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    own = "decoder" if decoder else mapped
+    if not decoder and mapped not in names and getattr(config, "num_hidden_layers", None) == total:
+        names.append(mapped)
+    return sorted(names, key=lambda name: (name != own, own not in name, name != "num_hidden_layers"))
+
+
+def shorten_config(
+    config: PreTrainedConfig, total: int, depth: int, *, field: str = "num_hidden_layers", anything: bool = False
+) -> None:
+    """Set the number of blocks in a config and cut its lists of one entry per block. **In place.**
+
+    Args:
+        config: of the stack.
+        total: the number of blocks it has.
+        depth: the number that it gets.
+        field: where it says so.
+        anything: take every list of that length for one entry per block, whatever its name.
+    """
+    for name, value in list(vars(config).items()):
+        if name.startswith("_") or name in ("architectures", "id2label", "label2id") or name.endswith("token_id"):
+            continue
+        if name in _FROM_THE_END and isinstance(value, int):
+            setattr(config, name, max(0, value - (total - depth)))
+        elif isinstance(value, (list, tuple)) and len(value) == total and (anything or _PER_BLOCK.search(name)):
+            setattr(config, name, value[:depth])
+        elif isinstance(value, (list, tuple)) and _BLOCK_NUMBERS.search(name) and value:
+            if all(type(number) is int and 0 <= number < total for number in value):
+                setattr(config, name, type(value)(number for number in value if number < depth))
+        elif isinstance(value, dict) and value and all(type(key) is int and 0 <= key < total for key in value):
+            setattr(config, name, {key: entry for key, entry in value.items() if key < depth})
+    setattr(config, field, depth)
+
+
+def _difference(backbone: nn.Module, twin: nn.Module, blocks: str) -> str | None:
+    """What the blocks that stay would be if they were built anew, where that is not what they are."""
+    own = submodules(backbone)
+    fewer = f"A {type(backbone).__name__} of fewer blocks is built with"
+    for name, module in submodules(twin).items():
+        if not name.startswith(f"{blocks}."):
+            continue
+        if name not in own:
+            return f"{fewer} {name}, which the whole one doesn't have."
+        if type(own[name]) is not type(module):
+            if list(module.children()):
+                return f"{fewer} another kind of {name}."
+            continue  # another kind of linear layer, of a quantiser or an adapter
+        for key, value in vars(module).items():
+            plain = isinstance(value, (bool, float, str)) and key not in _SWITCHES and not key.startswith("_")
+            if plain and vars(own[name]).get(key) != value:
+                return f"{fewer} {name}.{key} = {value!r}."
     return None
 
 
-def shorten_config(config: PreTrainedConfig, total: int, depth: int) -> None:
-    """Set the number of blocks in a config and cut its per-block lists."""
-    text = config.get_text_config()
-    for name, value in list(vars(text).items()):
-        per_block = isinstance(value, (list, tuple)) and len(value) == total and not name.startswith("_")
-        if per_block and name != "architectures" and not name.endswith("token_id"):
-            setattr(text, name, value[:depth])
-    text.num_hidden_layers = depth
+def _adopt(backbone: nn.Module, twin: nn.Module) -> None:
+    """Cut lists of modules, and weights that have a part for each block, to what they are in the twin."""
+    twins = submodules(twin)
+    for name, module in submodules(backbone).items():
+        other = twins.get(name)
+        if isinstance(module, nn.ModuleList) and isinstance(other, nn.ModuleList) and len(other) < len(module):
+            del module[len(other) :]
+        elif isinstance(module, nn.ModuleDict) and isinstance(other, nn.ModuleDict):
+            for key in [key for key in module if key not in other]:
+                del module[key]
+    for name, module in submodules(backbone).items():
+        other = twins.get(name)
+        if type(other) is not type(module) or other is None:
+            continue
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            shape = getattr(getattr(other, key, None), "shape", None)
+            if tensor is None or shape is None or tensor.shape == shape or tensor.dim() != len(shape):
+                continue
+            cut = tensor.data[tuple(slice(size) for size in shape)].clone()
+            if key in module._parameters:
+                setattr(module, key, nn.Parameter(cut, requires_grad=tensor.requires_grad))
+            else:
+                setattr(module, key, cut)
+        for key, value in vars(other).items():
+            if type(value) in (int, list, tuple) and not key.startswith("_"):
+                setattr(module, key, value)

@@ -1,18 +1,12 @@
-"""Where activations are read: finding blocks and FFN neurons in a backbone by structure, and the hooks that read them.
-
-Nothing here knows a model by name. A *block list* is an ``nn.ModuleList`` of equal modules; a block's *FFN down
-projection* is a linear layer that ends in the model's hidden size and is fed by a linear layer of its own width. Where
-structure can't tell, both can be given by hand, as dotted names.
-"""
+"""Where activations are read: the places of a backbone that can be tapped, and the hooks that read them."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,8 +14,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 Kind = Literal["hidden", "ffn", "norm"]
-
-_ATTENTION = re.compile("att", re.IGNORECASE)  # covers attn, attention, SelfAttention; a name hint, see find_layout
 
 
 class TapError(RuntimeError):
@@ -50,26 +42,83 @@ class Tap(NamedTuple):
         return cls(kind, int(block))  # type: ignore[arg-type]
 
 
+_STREAMS = ("hc_mult", "hc_count", "altup_num_inputs")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a block's activations differ from ``(batch, tokens, width)``.
+
+    Args:
+        streams: residual streams that run side by side, ``(batch, tokens, streams, width)``; read as that many neurons.
+        streams_first: the streams are the first dimension.
+        tokens_first: ``(tokens, batch, width)``.
+        prefix: positions before the text's that a model may put there.
+    """
+
+    streams: int = 1
+    streams_first: bool = False
+    tokens_first: bool = False
+    prefix: int = 0
+
+    def by_token(self, value: Tensor, shape: tuple[int, int] | None) -> Tensor:
+        """As ``(batch, tokens, width)``, where it is one of the forms that are known.
+
+        Args:
+            value: activations.
+            shape: ``(batch, tokens)`` of the forward.
+        """
+        if value.dim() == 4:
+            value = (value.permute(1, 2, 0, 3) if self.streams_first else value).flatten(2)
+        if value.dim() == 3 and self.tokens_first:
+            value = value.transpose(0, 1)
+        if shape is None:
+            return value
+        if value.dim() == 2 and len(value) == shape[0] * shape[1]:  # experts take all tokens of a batch in one row
+            return value.reshape(*shape, -1)
+        if value.dim() == 3 and value.shape[1] > shape[1]:  # filled up to a multiple of the model's window, or prefixed
+            start = self.prefix if value.shape[1] == self.prefix + shape[1] else 0
+            return value[:, start : start + shape[1]]
+        return value
+
+
 @dataclass(frozen=True)
 class Layout:
     """Dotted names of the places where a backbone can be tapped. Stored in the config, so it is searched for once.
 
-    ``blocks`` is the block list inside the backbone, ``ffn`` the down projection inside a block (or ``None``), ``norm``
-    the final norm inside the backbone (or ``None``). ``calls`` says how many blocks in a row share one module of the
-    list, as in ALBERT; block and module are told apart by the number of the call.
+    ``blocks`` is the block list inside the backbone and ``norm`` the final norm (or ``None``). ``ffn`` is the down
+    projection inside a block: one name for all of them, or one for each block with ``None`` where a block has none; or
+    ``None`` altogether. ``calls`` says how many blocks in a row share one module of the list, as in ALBERT. ``decoder``
+    is the second stack of an encoder-decoder that is read in both: its blocks are counted on after the encoder's.
     """
 
     blocks: str
-    ffn: str | None
+    ffn: str | tuple[str | None, ...] | None
     norm: str | None
     calls: int = 1
+    decoder: Layout | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values: dict[str, Any] = {"blocks": self.blocks, "ffn": self.ffn, "norm": self.norm, "calls": self.calls}
+        if isinstance(self.ffn, tuple):
+            values["ffn"] = list(self.ffn)
+        return values if self.decoder is None else {**values, "decoder": self.decoder.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Layout:
-        return cls(values["blocks"], values["ffn"], values["norm"], values.get("calls", 1))
+        ffn, decoder = values["ffn"], values.get("decoder")
+        return cls(
+            values["blocks"],
+            tuple(ffn) if isinstance(ffn, list) else ffn,
+            values["norm"],
+            values.get("calls", 1),
+            None if decoder is None else cls.from_dict(decoder),
+        )
+
+    @property
+    def stacks(self) -> Literal["encoder", "both"]:
+        """Which stacks of an encoder-decoder are read."""
+        return "encoder" if self.decoder is None else "both"
 
     def module_list(self, backbone: nn.Module) -> nn.ModuleList:
         """The modules of the blocks. Raises :class:`TapError` where there are none under that name."""
@@ -77,93 +126,115 @@ class Layout:
         if not isinstance(found, nn.ModuleList) or not len(found):
             raise TapError(
                 f"{type(backbone).__name__} has no list of blocks at {self.blocks!r}. "
-                f'Lists found: {_describe(_module_lists(backbone))}. Name one with blocks="...".'
+                f'Lists found: {describe_lists(backbone)}. Name one with blocks="...".'
             )
         return found
 
+    def own_depth(self, backbone: nn.Module) -> int:
+        """Number of blocks of the first stack."""
+        modules = len(self.module_list(backbone))
+        return modules if self.calls == 1 else self.config_field(backbone, "num_hidden_layers") or modules
+
     def depth(self, backbone: nn.Module) -> int:
         """Number of blocks that run."""
-        modules = len(self.module_list(backbone))
-        return modules if self.calls == 1 else config_field(backbone, "num_hidden_layers") or modules
+        return self.own_depth(backbone) + (0 if self.decoder is None else self.decoder.depth(backbone))
+
+    def stack(self, backbone: nn.Module, block: int) -> tuple[Layout, int]:
+        """The stack that a block belongs to, and the block's number there."""
+        own = self.own_depth(backbone)
+        return (self, block) if self.decoder is None or block <= own else (self.decoder, block - own)
 
     def module(self, backbone: nn.Module, block: int) -> nn.Module:
         """The module of a block, counted from 1."""
-        return self.module_list(backbone)[(block - 1) // self.calls]
+        stack, number = self.stack(backbone, block)
+        return stack.module_list(backbone)[(number - 1) // stack.calls]
 
     def down_projection(self, backbone: nn.Module, block: int) -> nn.Module | None:
-        return None if self.ffn is None else _submodule(self.module(backbone, block), self.ffn)
+        """The module whose input is a block's neurons; ``None`` for a block without."""
+        stack, number = self.stack(backbone, block)
+        name = stack.ffn[(number - 1) // stack.calls] if isinstance(stack.ffn, tuple) else stack.ffn
+        return None if name is None else _submodule(self.module(backbone, block), name)
 
     def taps(self, backbone: nn.Module) -> list[Tap]:
         """Every tap of the backbone, from the embeddings up."""
-        depth = self.depth(backbone)
+        own, depth = self.own_depth(backbone), self.depth(backbone)
         found = [Tap("hidden", 0)]
         for number in range(1, depth + 1):
             if self.down_projection(backbone, number) is not None:
                 found.append(Tap("ffn", number))
             found.append(Tap("hidden", number))
-        if self.norm is not None:
-            found.append(Tap("norm", depth))
+            if number in (own, depth) and self.stack(backbone, number)[0].norm is not None:
+                found.append(Tap("norm", number))
         return found
 
-    def _hooked(self, backbone: nn.Module, tap: Tap) -> tuple[nn.Module, bool, int]:
-        """For a tap its module, whether to read the module's input, and the number of the call."""
+    def config(self, backbone: nn.Module) -> Any:
+        """The config of the stack: that of the innermost model around its blocks."""
+        parts = self.blocks.split(".")
+        for end in range(len(parts), -1, -1):
+            config: Any = getattr(backbone.get_submodule(".".join(parts[:end])), "config", None)
+            if hasattr(config, "get_text_config"):
+                break
+        return config.get_text_config()
+
+    def config_field(self, backbone: nn.Module, name: str) -> int | None:
+        """A number from the stack's config, or ``None``."""
+        value: int | None = getattr(self.config(backbone), name, None)
+        return value
+
+    def hidden_size(self, backbone: nn.Module) -> int:
+        """Width of the blocks' outputs. Raises :class:`TapError` where the config doesn't say."""
+        size = self.config_field(backbone, "hidden_size")
+        if size is None:
+            raise TapError(
+                f"The config of {type(backbone).__name__} names no hidden_size, so the width of its blocks is unknown. "
+                "Give it the field: model.config.hidden_size = ..."
+            )
+        return int(size)
+
+    def form(self, backbone: nn.Module) -> Form:
+        """What the blocks' activations look like. The hints are fields of the config.
+
+        ``hc_mult`` or ``hc_count`` (hyper-connections) and ``altup_num_inputs`` count residual streams, the latter's in
+        front; ``prompt_length`` is the number of positions before the text; ``reuse_len``, of models with a memory of
+        earlier segments (XLNet), goes with positions as the first dimension.
+        """
+        field = {name: self.config_field(backbone, name) or 0 for name in (*_STREAMS, "prompt_length")}
+        streams = next((int(field[name]) for name in _STREAMS if field[name]), 1)
+        return Form(
+            streams,
+            streams_first=bool(field["altup_num_inputs"]),
+            tokens_first=hasattr(self.config(backbone), "reuse_len"),
+            prefix=int(field["prompt_length"]),
+        )
+
+    def _hooked(self, backbone: nn.Module, tap: Tap) -> tuple[nn.Module, bool]:
+        """For a tap its module, and whether to read the module's input."""
         if tap.kind == "norm":
-            norm = _submodule(backbone, str(self.norm))
+            norm = _submodule(backbone, str(self.stack(backbone, tap.block)[0].norm))
             assert norm is not None
-            return norm, False, 1
-        block = max(1, tap.block)
-        module, call = self.module(backbone, block), (block - 1) % self.calls + 1
+            return norm, False
         if tap.kind == "hidden":
-            return module, tap.block == 0, call
-        down = self.down_projection(backbone, block)
+            return self.module(backbone, max(1, tap.block)), tap.block == 0
+        down = self.down_projection(backbone, tap.block)
         assert down is not None  # taps() lists only blocks that have one
-        return down, True, call
+        return down, True
 
-
-def find_layout(backbone: nn.Module, *, blocks: str | None = None, ffn: str | None = None) -> Layout:
-    """Find blocks, FFN down projections and the final norm of a backbone by structure.
-
-    Blocks: the longest ``nn.ModuleList`` of modules of one class that is not itself inside a block. Down projection: of
-    the block's linear layers outside attention (modules with ``att`` in their name: structure alone cannot tell an
-    attention output from a down projection where heads are wider than the model), the last that maps some width to the
-    hidden size and whose width another linear layer produces from the hidden size, plainly or doubled by a gate.
-
-    Args:
-        backbone: any ``PreTrainedModel`` without a task head.
-        blocks: dotted name of the block list, instead of searching.
-        ffn: dotted name of the down projection inside a block, instead of searching.
-
-    Raises:
-        TapError: if nothing fits; the message lists the candidates.
-    """
-    lists = _module_lists(backbone)
-    if blocks is None:
-        if not lists:
-            raise TapError(
-                f"No blocks found in {type(backbone).__name__}: it holds no nn.ModuleList of equal modules. "
-                f"Its parts: {', '.join(name for name, _ in backbone.named_children())}. "
-                'Name the list of its transformer layers with blocks="encoder.layers".'
-            )
-        blocks = max(lists, key=lambda name: len(lists[name]))
-    layout = Layout(blocks, None, _final_norm(backbone, blocks))
-    first = layout.module(backbone, 1)
-    layout = replace(layout, calls=_calls_in_a_row(backbone, len(layout.module_list(backbone))))
-    if ffn is not None:
-        if _submodule(first, ffn) is None:
-            candidates = [name for name, module in first.named_modules() if _shape(module)]
-            raise TapError(
-                f"The blocks of {type(backbone).__name__} have no module {ffn!r}. "
-                f'Linear layers in a block: {", ".join(candidates)}. Name one of them with ffn="...".'
-            )
-        return replace(layout, ffn=ffn)
-    return replace(layout, ffn=_find_ffn(first, _hidden_size(backbone)))
+    def _call(self, backbone: nn.Module, tap: Tap) -> tuple[int, int]:
+        """Which call of its module a tap is, and how often the module is called: once for each block that shares it."""
+        if tap.kind == "norm":
+            return 1, 1
+        of_block = self.down_projection if tap.kind == "ffn" else self.module
+        block = max(1, tap.block)
+        module = of_block(backbone, block)
+        shared = [number for number in range(1, self.depth(backbone) + 1) if of_block(backbone, number) is module]
+        return shared.index(block) + 1, len(shared)
 
 
 class _Recording:
     """What one forward reads: the callback, how often each hook was called, and how often each tap was seen."""
 
-    def __init__(self, read: Callable[[Tap, Tensor], None]) -> None:
-        self.read = read
+    def __init__(self, read: Callable[[Tap, Tensor], None], shape: tuple[int, int] | None, form: Form) -> None:
+        self.read, self.shape, self.form = read, shape, form
         self.calls: Counter[_Read] = Counter()
         self.seen: Counter[Tap] = Counter()
 
@@ -174,13 +245,25 @@ _recording: ContextVar[_Recording | None] = ContextVar("spin_hf_recording", defa
 
 
 @contextmanager
-def record(taps: Sequence[Tap], read: Callable[[Tap, Tensor], None]) -> Iterator[None]:
+def record(
+    taps: Sequence[Tap],
+    read: Callable[[Tap, Tensor], None],
+    *,
+    shape: tuple[int, int] | None = None,
+    form: Form = Form(),  # noqa: B008 - frozen
+) -> Iterator[None]:
     """Call ``read(tap, activations (batch, tokens, width))`` for each tap of the forward run inside the context.
+
+    Args:
+        taps: that have hooks, see :func:`attach`.
+        read: is called once for each of them.
+        shape: ``(batch, tokens)`` of the forward.
+        form: of the backbone's activations; see :meth:`Layout.form`.
 
     Raises:
         TapError: after the forward, if a tap was read twice or not at all.
     """
-    recording = _Recording(read)
+    recording = _Recording(read, shape, form)
     token = _recording.set(recording)
     try:
         yield
@@ -208,13 +291,15 @@ def attach(backbone: nn.Module, layout: Layout, taps: Sequence[Tap]) -> list[Rem
             f"{type(backbone).__name__} has no {', '.join(missing)}. It has: {', '.join(map(str, available))}."
         )
     hooks: dict[tuple[nn.Module, bool], dict[int, Tap]] = {}
+    calls: dict[nn.Module, int] = {}
     for tap in taps:
-        module, reads_input, call = layout._hooked(backbone, tap)
+        module, reads_input = layout._hooked(backbone, tap)
+        call, calls[module] = layout._call(backbone, tap)
         hooks.setdefault((module, reads_input), {})[call] = tap
     return [
-        module.register_forward_pre_hook(_ReadInput(by_call, layout.calls), with_kwargs=True)
+        module.register_forward_pre_hook(_ReadInput(by_call, calls[module]), with_kwargs=True)
         if reads_input
-        else module.register_forward_hook(_ReadOutput(by_call, layout.calls))
+        else module.register_forward_hook(_ReadOutput(by_call, calls[module]))
         for (module, reads_input), by_call in hooks.items()
     ]
 
@@ -248,6 +333,8 @@ class _Read:
             self._read(recording, self.by_call[number], value)
 
     def _read(self, recording: _Recording, tap: Tap, value: Any) -> None:
+        if isinstance(value, Tensor):
+            value = recording.form.by_token(value, recording.shape)
         if not isinstance(value, Tensor) or value.dim() != 3:
             found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise TapError(f"Tap {tap} should see activations (batch, tokens, width), but it saw {found}.")
@@ -282,23 +369,7 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _module_lists(backbone: nn.Module) -> dict[str, nn.ModuleList]:
-    """Lists of modules of one class with weights, leaving out those inside a block of another."""
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in backbone.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            alike = len({type(item) for item in module}) == 1
-            if alike and any(True for _ in module[0].parameters()):
-                found[name] = module
-    return found
-
-
-def _describe(lists: dict[str, nn.ModuleList]) -> str:
-    return ", ".join(f"{name} ({len(items)} x {type(items[0]).__name__})" for name, items in lists.items()) or "none"
-
-
-def _shape(module: nn.Module) -> tuple[int, int] | None:
+def shape_of(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear-like module: ``nn.Linear`` and quantised kin, or transformers' ``Conv1D``."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
@@ -307,78 +378,32 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _find_ffn(block: nn.Module, hidden_size: int) -> str | None:
-    linear = {
-        name: shape
-        for name, module in block.named_modules()
-        if (shape := _shape(module)) is not None and not _ATTENTION.search(name)
-    }
-    produced = {out for into, out in linear.values() if into == hidden_size}
-    fits = [
-        name
-        for name, (into, out) in linear.items()
-        if out == hidden_size and (into in produced - {hidden_size} or 2 * into in produced)
-    ]
-    if not fits:  # an FFN as wide as the model: the last of at least two square layers
-        square = [name for name, shape in linear.items() if shape == (hidden_size, hidden_size)]
-        fits = square if len(square) > 1 else []
-    return fits[-1] if fits else None
-
-
-def _hidden_size(backbone: nn.Module) -> int:
-    config = backbone.config.get_text_config()  # type: ignore[union-attr,operator]
-    size = getattr(config, "hidden_size", None)
-    if size is None:
-        raise TapError(
-            f"The config of {type(backbone).__name__} names no hidden_size, so its FFN can't be recognised. "
-            'Name the down projection inside a block with ffn="...".'
-        )
-    return int(size)
-
-
-def _calls_in_a_row(backbone: nn.Module, modules: int) -> int:
-    """How many blocks share a module. The hint is the config's: ``num_hidden_groups`` modules for its blocks."""
-    depth = config_field(backbone, "num_hidden_layers")
-    if config_field(backbone, "num_hidden_groups") != modules or depth is None:
-        return 1
-    if depth % modules:
-        raise TapError(
-            f"{type(backbone).__name__} spreads {depth} blocks over {modules} groups unevenly, so that they can't be "
-            "told apart. Use a backbone whose groups are of one size."
-        )
-    return depth // modules
-
-
-def config_field(backbone: nn.Module, name: str) -> int | None:
-    """A number from the config of the backbone's text part, or ``None``."""
-    value: int | None = getattr(backbone.config.get_text_config(), name, None)  # type: ignore[union-attr,operator]
-    return value
-
-
-def _final_norm(backbone: nn.Module, blocks: str) -> str | None:
-    """The norm that stands beside the block list and after it."""
-    parent_name, _, own_name = blocks.rpartition(".")
-    siblings = (
-        list(backbone.get_submodule(parent_name).named_children()) if parent_name else list(backbone.named_children())
-    )
-    names = [name for name, _ in siblings]
-    if own_name not in names:
-        return None
-    for name, module in siblings[names.index(own_name) + 1 :]:
-        if "norm" in type(module).__name__.lower() and "emb" not in name:  # BART lists its embeddings' norm last
-            return f"{parent_name}.{name}" if parent_name else name
-    return None
-
-
 def tap_width(backbone: nn.Module, layout: Layout, tap: Tap) -> int:
     """Number of neurons of a tap."""
     if tap.kind != "ffn":
-        return _hidden_size(backbone)
+        stack = layout.stack(backbone, tap.block)[0]
+        return stack.hidden_size(backbone) * (stack.form(backbone).streams if tap.kind == "hidden" else 1)
     down = layout.down_projection(backbone, tap.block)
-    shape = _shape(down) if down is not None else None
+    shape = None if down is None else shape_of(down)
     if shape is None:
         raise TapError(f'Tap {tap} is not a linear layer, so its width is unknown. Name one with ffn="...".')
     return shape[0]
+
+
+def module_lists(backbone: nn.Module) -> dict[str, nn.ModuleList]:
+    """Lists of modules with weights, leaving out those inside an item of another."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in backbone.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and not inside and any(True for _ in module.parameters()):
+            found[name] = module
+    return found
+
+
+def describe_lists(backbone: nn.Module) -> str:
+    """The lists of a backbone, for messages."""
+    lists = module_lists(backbone).items()
+    return ", ".join(f"{name} ({len(items)} x {type(items[0]).__name__})" for name, items in lists) or "none"
 
 
 def model_device(module: nn.Module) -> torch.device:

@@ -7,7 +7,7 @@ from builders import CONFIGS, calibrated, make_backbone, make_batch
 
 from spin_hf import TapError
 from spin_hf.depth import shorten_config, truncate
-from spin_hf.taps import find_layout
+from spin_hf.structure import find_layout
 
 DEPTHS = [(name, depth) for name in CONFIGS for depth in range(1, CONFIGS[name]().num_hidden_layers + 1)]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..modeling_spin import SpinForSequenceClassification, SpinModel
 from ..pooling import pool
-from ..taps import Tap, model_device, record
+from ..taps import Tap, model_device
 from .errors import EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
 from .store import FORMAT, FeatureStore
 
@@ -94,15 +94,22 @@ def encode(
     return Encoded([row or [filler] for row in ids], types, max_length, truncated)
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], batch_tokens: int, batching: str = "padded") -> list[list[int]]:
     """Rows grouped by length, longest first, each batch within ``batch_tokens`` padded tokens (but at least one row).
+
+    Args:
+        lengths: tokens of each row.
+        batch_tokens: most padded tokens of a batch.
+        batching: see :mod:`spin_hf.batching`.
 
     A pure function of its arguments: resumed runs and other processes make the same batches, hence the same features.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
     for row in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+        longest = lengths[batches[-1][0]] if batches else 0
+        together = batching == "padded" or (batching == "equal_length" and longest == lengths[row])
+        if batches and together and (len(batches[-1]) + 1) * longest <= batch_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
@@ -113,6 +120,8 @@ def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], pooling
     """Hash of all that the features depend on: tokens, weights, config, layout, taps, poolings, batches and dtype."""
     digest = hashlib.sha256()
     digest.update(repr((FORMAT, list(map(str, taps)), list(poolings), budget, str(model.backbone.dtype))).encode())
+    if model.config.batching != "padded":
+        digest.update(model.config.batching.encode())
     settings = {name: value for name, value in model.backbone.config.to_dict().items() if name not in _PROVENANCE}
     digest.update(repr((model.layout, sorted(settings.items(), key=str))).encode())
     for name, tensor in model.backbone.state_dict().items():
@@ -161,7 +170,7 @@ def extract(
             def read(tap: Tap, values: Tensor, mask: Tensor = mask, pooled: dict[Tap, Tensor] = pooled) -> None:
                 pooled[tap] = pool(values, mask, store.poolings)
 
-            with record(taps, read):
+            with model.recording(taps, read, mask):
                 model.run_backbone(batch, mask, types)
             arrays = {tap: values.cpu().numpy() for tap, values in pooled.items()}
             for tap, array in arrays.items():
@@ -192,5 +201,8 @@ def _offloaded(backbone: nn.Module, name: str) -> Tensor:
 
 
 def _embedding_rows(model: SpinModel) -> int | None:
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # a backbone that embeds in a way of its own
+        return None
     return None if weight is None else int(weight.shape[0])

@@ -1,0 +1,158 @@
+"""Which part of a pretrained model reads the text: the model itself, the text part of a multimodal one, or an encoder.
+
+The same steps lead from a loaded model and from an empty one to the part, so that a config alone rebuilds it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from .trust import remote_code_is_trusted
+
+Stacks = Literal["encoder", "both"]
+
+
+def auto_class(config: PreTrainedConfig, stacks: Stacks = "encoder") -> Any:
+    """``AutoModel``, or for an encoder-decoder of which transformers has the encoder alone, the class of that."""
+    # Not by is_encoder_decoder alone: an encoder built from a T5Config sets it to False there.
+    encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    if stacks == "encoder" and encoder is not None and encoder is not MODEL_MAPPING.get(type(config), None):
+        return AutoModelForTextEncoding
+    return AutoModel
+
+
+def text_part(model: PreTrainedModel, stacks: Stacks = "encoder") -> PreTrainedModel:
+    """The part of a model that reads ``input_ids``; the model itself where it is nothing else.
+
+    Of a multimodal model this is its text model, as the config says which that is; of an encoder-decoder its encoder,
+    unless ``stacks="both"``.
+
+    Raises:
+        ValueError: for a model of images or sound that has no such part, or one whose text part could not be built
+            again from its own config; or ``stacks="both"`` for a model without a decoder.
+    """
+    part = _of_composite(model)
+    encoder_decoder = part.config.is_encoder_decoder and part.get_encoder() is not part is not part.get_decoder()
+    if stacks == "both" and not encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is no encoder-decoder. Leave stacks out.")
+    if stacks == "encoder" and encoder_decoder:
+        part = _of_composite(part.get_encoder())
+    if part.main_input_name != "input_ids":
+        raise ValueError(
+            f"{type(model).__name__} reads {part.main_input_name!r}, not text. Choose a model that takes input_ids."
+        )
+    return part
+
+
+def _of_composite(model: PreTrainedModel) -> PreTrainedModel:
+    text = _text_config(model.config)
+    if text is None:
+        return model
+    for module in model.modules():
+        if module is not model and isinstance(module, PreTrainedModel) and type(module.config) is type(text):
+            return module if isinstance(module, _class_of(text)) else model
+    return model
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    """What ``AutoModel`` builds from a config, for ``isinstance``; nothing where it builds none."""
+    try:
+        return MODEL_MAPPING.get(type(config), ())
+    except ValueError:  # a class that is named, but not there
+        return ()
+
+
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """The config of the text part of a multimodal model, where it is not the whole."""
+    try:
+        text: PreTrainedConfig = config.get_text_config()
+    except ValueError:  # several: one reads text, others write something else
+        text = config.get_text_config(encoder=True)
+    return None if text is config or config.is_encoder_decoder and not hasattr(config, "text_config") else text
+
+
+def empty_model(config: PreTrainedConfig, stacks: Stacks = "encoder", **options: Any) -> PreTrainedModel:
+    """The part that reads text of a model of this config, with fresh weights (on the device that torch makes them on).
+
+    Args:
+        config: of the part, or of the whole model where the part has none of its own.
+        stacks: see :func:`text_part`.
+        **options: for ``from_config``.
+    """
+    options.setdefault("trust_remote_code", remote_code_is_trusted())
+    auto = auto_class(config, stacks)
+    return text_part(
+        auto.from_config(config_of_encoder(config) if auto is AutoModelForTextEncoding else config, **options), stacks
+    )
+
+
+def config_of_encoder(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config that the class of an encoder alone wants: that of the whole, without the flag."""
+    if config.is_encoder_decoder:
+        config = copy.deepcopy(config)
+        config.is_encoder_decoder = False
+    return config
+
+
+def rebuilt(backbone: PreTrainedModel, config: PreTrainedConfig, stacks: Stacks = "encoder") -> PreTrainedModel:
+    """What a config builds in place of this backbone, without memory for its weights."""
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        if type(config) not in MODEL_MAPPING:  # its class came from a repository, and is here already
+            return text_part(type(backbone)(config), stacks)
+        return empty_model(config, stacks)
+
+
+def check_rebuilds(model: Any, stacks: Stacks = "encoder") -> None:
+    """Refuse a model that its config would not build again, before the work of calibrating it."""
+    config = model.config
+    if type(config) not in MODEL_MAPPING and type(config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        if type(model).__module__.startswith("transformers.") or not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"A saved classifier rebuilds its backbone from the config, and AutoModel builds none from a "
+                f"{type(config).__name__}. Choose a model that AutoModel.from_config builds."
+            )
+        return
+    built = type(rebuilt(model, config, stacks))
+    if not isinstance(model, built):
+        raise ValueError(
+            f"A saved classifier rebuilds its backbone from the config, here as {built.__name__}, so that it could not "
+            f"be loaded with a {type(model).__name__}. Pass a {built.__name__} (model.base_model of one with a task "
+            "head), or its name."
+        )
+
+
+def shifted_right(input_ids: Tensor, mask: Tensor | None, config: PreTrainedConfig) -> Tensor:
+    """What the decoder of an encoder-decoder reads to classify a text: its tokens behind a start token.
+
+    Where the config names no start token (mBART), the last token of each row is put in front, as mBART does.
+
+    Args:
+        input_ids: ``(batch, tokens)``, padded on the right.
+        mask: ``(batch, tokens)``.
+        config: of the model.
+    """
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is not None:
+        first = torch.full_like(input_ids[:, :1], start)
+    else:
+        lengths = torch.full_like(input_ids[:, 0], input_ids.shape[1]) if mask is None else mask.sum(1)
+        first = input_ids.gather(1, (lengths - 1).clamp_min(0)[:, None].to(input_ids))
+    return torch.cat([first, input_ids[:, :-1]], 1)
+
+
+def submodules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by name, a shared one under each of its names."""
+    return dict(model.named_modules(remove_duplicate=False))

@@ -1,0 +1,50 @@
+"""Settings of the tiny configs where no rule can give them: the fields hang together, or have no default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_FULL, _LINEAR = "full_attention", "linear_attention"
+
+BY_HAND: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", _FULL]},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 48},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots3_note_vision_encoder": {"num_hidden_layers": 42},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "esm": {"vocab_size": 64, "pad_token_id": 0, "mask_token_id": 1},
+    "funnel": {"block_sizes": [2, 1, 1], "num_decoder_layers": 2, "d_inner": 48, "architectures": ["FunnelModel"]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "layoutlmv3": {"coordinate_size": 5, "shape_size": 6},
+    "lilt": {"hidden_size": 48},
+    "lfm2_moe": {"layer_types": ["conv", _FULL, "conv", _FULL]},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "nemotron3_5_transcribe_word_timestamp": {"audio_hidden_size": 32},
+    "neomme": {"head_dim": 16, "layer_types": [_FULL, "sliding_attention", "sliding_attention", _FULL]},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {
+        "hidden_size": 32,
+        "axial_pos_shape": (8, 8),
+        "axial_pos_embds_dim": (16, 16),
+        "attn_layers": ["local", "lsh", "local", "lsh"],
+        "num_buckets": 4,
+        "hash_seed": 0,
+    },
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"]},
+}
