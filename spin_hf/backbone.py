@@ -16,7 +16,7 @@ from transformers.utils.hub import extract_commit_hash
 from .checkpoint import dtype_name, fingerprint
 from .configuration_spin import SpinConfig, unsealed
 from .depth import truncate
-from .parts import Stacks, auto_class, check_rebuilds, config_of_encoder, empty_model, rebuilt, text_part
+from .parts import Stacks, auto_class, check_rebuilds, config_of_encoder, empty_model, rebuilt, text_part, whole_config
 from .taps import Layout, remove_hooks
 from .trust import CheckpointError, check_size, remote_code_is_trusted
 
@@ -95,7 +95,7 @@ def fitting_backbone(config: SpinConfig, given: Any, kwargs: dict[str, Any]) -> 
     expected = f"{config.backbone_id} at {config.backbone_revision or 'its main revision'}"
     found = (getattr(backbone, "name_or_path", "") or type(backbone).__name__) if given is not None else expected
     layout = Layout.from_dict(config.layout or {})
-    fits = backbone.config.model_type == backbone_config.model_type
+    fits = whole_config(backbone.config).model_type == backbone_config.model_type
     depth, blocks = (
         layout.depth(model) if fits else getattr(model.config.get_text_config(), "num_hidden_layers", 0)
         for model in (rebuilt(backbone, backbone_config, layout.stacks), backbone)

@@ -17,6 +17,7 @@ _PER_BLOCK = re.compile(r"layer|block|per_|pattern")
 _BLOCK_NUMBERS = re.compile(r"(layers|_ids|_idxs|_indices)$")
 _COUNT = re.compile(r"(^|_)(layers?|blocks)$")
 _FROM_THE_END = ("num_kv_shared_layers",)  # how many of the last blocks: those of them that go are fewer
+_PROVENANCE = ("architectures", "dtype", "torch_dtype", "id2label", "label2id", "transformers_version")
 _SWITCHES = ("training", "gradient_checkpointing")  # of a module, set after it was made
 
 
@@ -39,11 +40,13 @@ def truncate(backbone: PreTrainedModel, layout: Layout, depth: int) -> None:
     if isinstance(shorter, str):
         raise ValueError(f"{shorter} Keep all blocks with depths=[{total}].")
     config, twin = shorter
-    before = {name: (part, vars(part).copy()) for name, part in _configs(backbone.config)}
+    before = dict(_configs(backbone.config))
     for name, part in _configs(config):
-        changed = {key: value for key, value in vars(part).items() if before[name][1].get(key) != value}
-        for old in _equal_configs(backbone, *before[name]):
-            vars(old).update(copy.deepcopy(changed))
+        changed = {key: value for key, value in _public(part).items() if _public(before[name]).get(key) != value}
+        if getattr(part, "_heterogeneity_spec", None) is not None:  # transformers' values of single layers
+            changed["_heterogeneity_spec"] = part._heterogeneity_spec
+        for copied in _copies(backbone, before[name]):
+            vars(copied).update(copy.deepcopy(changed))
     _adopt(backbone, twin)
 
 
@@ -77,12 +80,17 @@ def _shorter(backbone: PreTrainedModel, layout: Layout, depth: int) -> str | tup
             return f"{type(backbone).__name__} is read in both stacks, and this depth would leave its decoder empty."
     if (stack.config_field(backbone, "num_hidden_groups") or 1) > 1:
         return f"{type(backbone).__name__} divides its blocks into groups by their number, which truncation changes."
+    where = _place(backbone, stack)
     named, problem = stack.config_field(backbone, "num_hidden_layers"), ""
     for field in _count_fields(stack.config(backbone), total, decoder=stack is not layout):
         for anything in (False, True):
-            config = copy.deepcopy(backbone.config)
+            values = backbone.config.to_dict()
+            place = values
+            for name in where:
+                place = place[name]
+            place.update(shortened(place, total, kept, field=field, anything=anything))
             try:
-                shorten_config(_twin_config(config, backbone, stack), total, kept, field=field, anything=anything)
+                config = type(backbone.config).from_dict(values)
                 twin = rebuilt(backbone, config, layout.stacks)
                 found = layout.depth(twin)
             except Exception as error:  # each config checks its fields in its own way
@@ -97,13 +105,14 @@ def _shorter(backbone: PreTrainedModel, layout: Layout, depth: int) -> str | tup
     )
 
 
-def _twin_config(config: PreTrainedConfig, backbone: PreTrainedModel, stack: Layout) -> PreTrainedConfig:
-    """In a copy of the backbone's config the part that a stack goes by."""
-    own = stack.config(backbone)
-    fits = [name for name, part in _configs(backbone.config) if part is own]
-    # A stack may hold a copy of its own, made when it was built.
-    fits += [name for name, part in _configs(backbone.config) if type(part) is type(own)]
-    return dict(_configs(config))[(fits or [""])[0]]
+def _place(backbone: PreTrainedModel, stack: Layout) -> list[str]:
+    """Where in the backbone's config the part lies that a stack goes by."""
+    own, places = stack.config(backbone), list(_configs(backbone.config))
+    fits = [name for name, part in places if part is own]
+    fits += [
+        name for name, part in places if type(part) is type(own)
+    ]  # a stack may hold a copy, made when it was built
+    return [name for name in fits[0].split(".") if name] if fits else []
 
 
 def _configs(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
@@ -114,17 +123,23 @@ def _configs(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, 
             yield from _configs(value, f"{prefix}.{name}")
 
 
-def _equal_configs(
-    backbone: PreTrainedModel, config: PreTrainedConfig, values: dict[str, Any]
-) -> Iterator[PreTrainedConfig]:
+def _public(config: PreTrainedConfig) -> dict[str, Any]:
+    """The values of a config that files hold, without those nested in it."""
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if not (name.startswith("_") or name in _PROVENANCE or isinstance(value, PreTrainedConfig))
+    }
+
+
+def _copies(backbone: PreTrainedModel, config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """A config, and the copies of it that modules of the backbone hold."""
-    yield config
-    seen = {id(config)}
+    seen = {id(config): config}
     for module in backbone.modules():
         own = getattr(module, "config", None)
-        if type(own) is type(config) and id(own) not in seen:
-            seen.add(id(own))
-            yield own
+        if type(own) is type(config):
+            seen.setdefault(id(own), own)
+    yield from seen.values()
 
 
 def _count_fields(config: PreTrainedConfig, total: int, *, decoder: bool) -> list[str]:
@@ -138,31 +153,33 @@ def _count_fields(config: PreTrainedConfig, total: int, *, decoder: bool) -> lis
     return sorted(names, key=lambda name: (name != own, own not in name, name != "num_hidden_layers"))
 
 
-def shorten_config(
-    config: PreTrainedConfig, total: int, depth: int, *, field: str = "num_hidden_layers", anything: bool = False
-) -> None:
-    """Set the number of blocks in a config and cut its lists of one entry per block. **In place.**
+def shortened(
+    values: dict[str, Any], total: int, depth: int, *, field: str = "num_hidden_layers", anything: bool = False
+) -> dict[str, Any]:
+    """The values of a config for fewer blocks: their number, and lists of one entry for each block, or of block numbers.
 
     Args:
-        config: of the stack.
+        values: of the stack's config, as ``to_dict`` gives them.
         total: the number of blocks it has.
         depth: the number that it gets.
         field: where it says so.
         anything: take every list of that length for one entry per block, whatever its name.
     """
-    for name, value in list(vars(config).items()):
-        if name.startswith("_") or name in ("architectures", "id2label", "label2id") or name.endswith("token_id"):
+    found = dict(values)
+    for name, value in values.items():
+        if name in _PROVENANCE or name.endswith("token_id"):
             continue
         if name in _FROM_THE_END and isinstance(value, int):
-            setattr(config, name, max(0, value - (total - depth)))
+            found[name] = max(0, value - (total - depth))
         elif isinstance(value, (list, tuple)) and len(value) == total and (anything or _PER_BLOCK.search(name)):
-            setattr(config, name, value[:depth])
-        elif isinstance(value, (list, tuple)) and _BLOCK_NUMBERS.search(name) and value:
+            found[name] = value[:depth]
+        elif isinstance(value, (list, tuple)) and _BLOCK_NUMBERS.search(name):
             if all(type(number) is int and 0 <= number < total for number in value):
-                setattr(config, name, type(value)(number for number in value if number < depth))
-        elif isinstance(value, dict) and value and all(type(key) is int and 0 <= key < total for key in value):
-            setattr(config, name, {key: entry for key, entry in value.items() if key < depth})
-    setattr(config, field, depth)
+                found[name] = type(value)(number for number in value if number < depth)
+        elif isinstance(value, dict) and _PER_BLOCK.search(name) and all(str(key).isdigit() for key in value):
+            found[name] = {key: entry for key, entry in value.items() if int(key) < depth}
+    found[field] = depth
+    return found
 
 
 def _difference(backbone: nn.Module, twin: nn.Module, blocks: str) -> str | None:

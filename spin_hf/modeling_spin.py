@@ -23,7 +23,7 @@ from .configuration_spin import SpinConfig
 from .depth import truncate
 from .drift import sample, warn_if_moved
 from .gates import Gates
-from .parts import Stacks, check_rebuilds, shifted_right, text_part
+from .parts import Stacks, check_rebuilds, shifted_right, text_part, whole_config
 from .pooling import align_left, pool
 from .pretrained import NotCalibratedError as NotCalibratedError
 from .pretrained import SpinPreTrainedModel
@@ -101,7 +101,7 @@ class SpinModel(SpinPreTrainedModel):
             backbone = build_backbone(config)
         self.backbone = backbone
         self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
-        config.backbone_config = backbone.config
+        config.backbone_config = whole_config(backbone.config)
         if config.layout is None:
             config.layout = find_layout(backbone).to_dict()
         self.layout = Layout.from_dict(config.layout)
@@ -155,7 +155,7 @@ class SpinModel(SpinPreTrainedModel):
         standardizer.mean.copy_(mean)
         standardizer.scale.copy_(scale)
         self.standardizer = standardizer.to(model_device(self.backbone))
-        self.config.backbone_config = self.backbone.config
+        self.config.backbone_config = whole_config(self.backbone.config)
         self.install_hooks()
 
     def install_hooks(self) -> None:
@@ -433,7 +433,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         if source is not None and os.path.isdir(source):
             source = os.path.abspath(source)  # elsewhere a relative path could be taken for a Hub id
         config = SpinConfig(
-            backbone_config=model.config,
+            backbone_config=whole_config(model.config),
             backbone_id=source,
             backbone_revision=revision,
             layout=find_layout(model, blocks=blocks, ffn=ffn, stacks=stacks).to_dict(),

@@ -6,6 +6,7 @@ The same steps lead from a loaded model and from an empty one to the part, so th
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any, Literal
 
 import torch
@@ -48,7 +49,13 @@ def text_part(model: PreTrainedModel, stacks: Stacks = "encoder") -> PreTrainedM
     if stacks == "both" and not encoder_decoder:
         raise ValueError(f"{type(model).__name__} is no encoder-decoder. Leave stacks out.")
     if stacks == "encoder" and encoder_decoder:
-        part = _of_composite(part.get_encoder())
+        encoder = part.get_encoder()
+        if not isinstance(encoder, PreTrainedModel):
+            raise ValueError(
+                f"The encoder of {type(part).__name__} is no model of its own, so it can't be used alone. Use both "
+                'stacks: from_backbone(..., stacks="both").'
+            )
+        part = _of_composite(encoder)
     if part.main_input_name != "input_ids":
         raise ValueError(
             f"{type(model).__name__} reads {part.main_input_name!r}, not text. Choose a model that takes input_ids."
@@ -106,9 +113,25 @@ def config_of_encoder(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
+def whole_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config to store for a part, from which ``AutoModel`` or its kin build it again.
+
+    That is the part's own, or for one that only a multimodal config leads to such a config around it.
+    """
+    if type(config) in MODEL_MAPPING or type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return config
+    for found in vars(sys.modules[type(config).__module__]).values():
+        nested = getattr(found, "sub_configs", {}) if isinstance(found, type) else {}
+        if nested.get("text_config") is type(config) and found in MODEL_FOR_TEXT_ENCODING_MAPPING:
+            whole: PreTrainedConfig = found(text_config=config)
+            return whole
+    return config
+
+
 def rebuilt(backbone: PreTrainedModel, config: PreTrainedConfig, stacks: Stacks = "encoder") -> PreTrainedModel:
     """What a config builds in place of this backbone, without memory for its weights."""
-    config = copy.deepcopy(config)
+    config = whole_config(config)
+    config = type(config).from_dict(config.to_dict())  # what a file would say, and not what the object remembers
     with torch.device("meta"):
         if type(config) not in MODEL_MAPPING:  # its class came from a repository, and is here already
             return text_part(type(backbone)(config), stacks)
@@ -117,7 +140,7 @@ def rebuilt(backbone: PreTrainedModel, config: PreTrainedConfig, stacks: Stacks 
 
 def check_rebuilds(model: Any, stacks: Stacks = "encoder") -> None:
     """Refuse a model that its config would not build again, before the work of calibrating it."""
-    config = model.config
+    config = whole_config(model.config)
     if type(config) not in MODEL_MAPPING and type(config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
         if type(model).__module__.startswith("transformers.") or not isinstance(model, PreTrainedModel):
             raise ValueError(

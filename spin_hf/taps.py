@@ -220,9 +220,9 @@ class Layout:
         return down, True
 
     def _call(self, backbone: nn.Module, tap: Tap) -> tuple[int, int]:
-        """Which call of its module a tap is, and how often the module is called: once for each block that shares it."""
+        """Which call of its module a tap is, and how often that is called: once for each block that shares it."""
         if tap.kind == "norm":
-            return 1, 1
+            return 1, 0
         of_block = self.down_projection if tap.kind == "ffn" else self.module
         block = max(1, tap.block)
         module = of_block(backbone, block)
@@ -315,7 +315,8 @@ def remove_hooks(backbone: nn.Module) -> None:
 class _Read:
     """Delivers a module's activations to the recording, each call to its own tap.
 
-    A call beyond the number of blocks that share the module counts as another one of its last tap.
+    A call beyond the number of blocks that share the module counts as another one of its last tap. With ``calls=0``
+    the last call is the tap: a final norm may have been used before, for the embeddings, say.
     """
 
     def __init__(self, by_call: dict[int, Tap], calls: int) -> None:
@@ -327,7 +328,10 @@ class _Read:
             return
         recording.calls[self] += 1
         number = recording.calls[self]
-        if number > self.calls:
+        if not self.calls:
+            recording.seen[self.by_call[1]] = 0
+            self._read(recording, self.by_call[1], value)
+        elif number > self.calls:
             recording.seen[self.by_call[max(self.by_call)]] += 1
         elif number in self.by_call:
             self._read(recording, self.by_call[number], value)
@@ -380,6 +384,10 @@ def shape_of(module: nn.Module) -> tuple[int, int] | None:
 
 def tap_width(backbone: nn.Module, layout: Layout, tap: Tap) -> int:
     """Number of neurons of a tap."""
+    if tap.kind == "norm":
+        weight = getattr(layout._hooked(backbone, tap)[0], "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 1:
+            return len(weight)
     if tap.kind != "ffn":
         stack = layout.stack(backbone, tap.block)[0]
         return stack.hidden_size(backbone) * (stack.form(backbone).streams if tap.kind == "hidden" else 1)
@@ -395,7 +403,8 @@ def module_lists(backbone: nn.Module) -> dict[str, nn.ModuleList]:
     found: dict[str, nn.ModuleList] = {}
     for name, module in backbone.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not inside and any(True for _ in module.parameters()):
+        nested = isinstance(module, nn.ModuleList) and any(isinstance(item, nn.ModuleList) for item in module)
+        if isinstance(module, nn.ModuleList) and not (inside or nested) and any(True for _ in module.parameters()):
             found[name] = module
     return found
 

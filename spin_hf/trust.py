@@ -61,7 +61,7 @@ def check_size(model: nn.Module) -> None:
 
 
 _CLASS_REFERENCE = re.compile(r"([\w-][\w.-]*(/[\w-][\w.-]*)?--)?[\w-]+\.\w+")
-_MODULE_COUNT = re.compile(r"(layers?|blocks|groups|experts|stages|heads?)$")
+_MODULE_COUNT = re.compile(r"(layers|blocks|groups|experts|stages|heads|(^|_)n_(layer|head))$")
 _MOST_MODULES, _MOST_LABELS, _MOST_NEURONS = 10_000, 1_000_000, 2**24
 
 

@@ -6,7 +6,7 @@ import transformers as hf
 from builders import CONFIGS, calibrated, make_backbone, make_batch
 
 from spin_hf import TapError
-from spin_hf.depth import shorten_config, truncate
+from spin_hf.depth import shortened, truncate
 from spin_hf.structure import find_layout
 
 DEPTHS = [(name, depth) for name in CONFIGS for depth in range(1, CONFIGS[name]().num_hidden_layers + 1)]
@@ -52,11 +52,11 @@ def test_lists_of_one_entry_per_block_are_cut(config):
     assert len(set(types)) == 2
     config.architectures = list("abcdef")
     config.eos_token_id = [1, 2, 3, 4, 5, 6]
-    shorten_config(config, 6, 4)
-    assert config.num_hidden_layers == 4
-    assert config.layer_types == types[:4]
-    assert config.architectures == list("abcdef")
-    assert len(config.eos_token_id) == 6
+    values = shortened(config.to_dict(), 6, 4)
+    assert values["num_hidden_layers"] == 4
+    assert values["layer_types"] == types[:4]
+    assert values["architectures"] == list("abcdef")
+    assert len(values["eos_token_id"]) == 6
 
 
 def test_all_blocks_change_nothing(bert_backbone):

@@ -8,7 +8,12 @@ _FULL, _LINEAR = "full_attention", "linear_attention"
 
 BY_HAND: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", _FULL]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", _FULL],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", _FULL)
+        },
+    },
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 48},
@@ -46,5 +51,13 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "hash_seed": 0,
     },
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 6, "layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid", _LINEAR, "hybrid"]},
     "zamba2": {"layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"]},
+}
+
+# What transformers doesn't build from a config alone, or what reads no text by itself.
+LEFT_OUT = {
+    "musicgen": "AutoModel names the audio decoder, which takes codes of sound",
+    "musicgen_melody": "AutoModel names the audio decoder, which takes codes of sound",
+    "voxtral_realtime": "reads sound; transformers names a text model for it that it doesn't have",
 }

@@ -18,7 +18,7 @@ from spin_hf.depth import why_whole
 from spin_hf.parts import auto_class, config_of_encoder
 from spin_hf.taps import attach
 
-from .by_hand import BY_HAND
+from .by_hand import BY_HAND, LEFT_OUT
 from .shrink import tiny_config
 
 QUICK = {"Cs": 2, "etas": (0.5,), "poolings": ("mean", "last"), "progress": False, "max_features": 64}
@@ -55,6 +55,8 @@ def make_model(model_type: str) -> hf.PreTrainedModel:
     """
     if model_type not in MODEL_MAPPING_NAMES:
         raise LeftOut("AutoModel has no class for it")
+    if model_type in LEFT_OUT:
+        raise LeftOut(LEFT_OUT[model_type])
     config = tiny_config(model_type, BY_HAND)
     try:
         torch.manual_seed(0)
