@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import product
 from typing import Any
 
 from torch import nn
@@ -45,7 +46,7 @@ def truncate(backbone: PreTrainedModel, layout: Layout, depth: int) -> None:
         changed = {key: value for key, value in _public(part).items() if _public(before[name]).get(key) != value}
         if getattr(part, "_heterogeneity_spec", None) is not None:  # transformers' values of single layers
             changed["_heterogeneity_spec"] = part._heterogeneity_spec
-        for copied in _copies(backbone, before[name]):
+        for copied in _copies(backbone, before[name], before.values()):
             vars(copied).update(copy.deepcopy(changed))
     _adopt(backbone, twin)
 
@@ -80,39 +81,35 @@ def _shorter(backbone: PreTrainedModel, layout: Layout, depth: int) -> str | tup
             return f"{type(backbone).__name__} is read in both stacks, and this depth would leave its decoder empty."
     if (stack.config_field(backbone, "num_hidden_groups") or 1) > 1:
         return f"{type(backbone).__name__} divides its blocks into groups by their number, which truncation changes."
-    where = _place(backbone, stack)
     named, problem = stack.config_field(backbone, "num_hidden_layers"), ""
-    for field in _count_fields(stack.config(backbone), total, decoder=stack is not layout):
-        for anything in (False, True):
-            values = backbone.config.to_dict()
-            place = values
-            for name in where:
-                place = place[name]
-            place.update(shortened(place, total, kept, field=field, anything=anything))
-            try:
-                config = type(backbone.config).from_dict(values)
-                twin = rebuilt(backbone, config, layout.stacks)
-                found = layout.depth(twin)
-            except Exception as error:  # each config checks its fields in its own way
-                problem = problem or f"A config of {kept} blocks is refused: {error}"
-                continue
-            if found == depth:
-                difference = _difference(backbone, twin, stack.blocks)
-                return difference or (config, twin)
+    fields = _count_fields(stack.config(backbone), total, decoder=stack is not layout)
+    for where, field, anything in product(_places(backbone, stack), fields, (False, True)):
+        values = backbone.config.to_dict()
+        place = values
+        for name in where:
+            place = place[name]
+        place.update(shortened(place, total, kept, field=field, anything=anything))
+        try:
+            config = type(backbone.config).from_dict(values)
+            twin = rebuilt(backbone, config, layout.stacks)
+            fits = layout.depth(twin) == depth and stack.own_depth(twin) == kept
+        except Exception as error:  # each config checks its fields in its own way
+            problem = problem or f"A config of {kept} blocks is refused: {error}"
+            continue
+        if fits:
+            return _difference(backbone, twin, stack.blocks) or (config, twin)
     return problem or (
         f"{type(backbone.config).__name__} gives num_hidden_layers={named}, but {total} blocks were found, so a "
         "truncated model could not be rebuilt from its config."
     )
 
 
-def _place(backbone: PreTrainedModel, stack: Layout) -> list[str]:
-    """Where in the backbone's config the part lies that a stack goes by."""
-    own, places = stack.config(backbone), list(_configs(backbone.config))
-    fits = [name for name, part in places if part is own]
-    fits += [
-        name for name, part in places if type(part) is type(own)
-    ]  # a stack may hold a copy, made when it was built
-    return [name for name in fits[0].split(".") if name] if fits else []
+def _places(backbone: PreTrainedModel, stack: Layout) -> list[list[str]]:
+    """Where in the backbone's config the part may lie that a stack goes by, the likely place first."""
+    own = stack.config(backbone)
+    alike = [(part is not own, name) for name, part in _configs(backbone.config) if type(part) is type(own)]
+    # A stack may hold a copy of its part, made when it was built.
+    return [[part for part in name.split(".") if part] for _, name in sorted(alike)]
 
 
 def _configs(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
@@ -132,14 +129,17 @@ def _public(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _copies(backbone: PreTrainedModel, config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A config, and the copies of it that modules of the backbone hold."""
+def _copies(
+    backbone: PreTrainedModel, config: PreTrainedConfig, places: Iterable[PreTrainedConfig]
+) -> list[PreTrainedConfig]:
+    """A config, and the copies of it that modules of the backbone hold; not those at other places of the whole."""
     seen = {id(config): config}
+    others = {id(place) for place in places}
     for module in backbone.modules():
         own = getattr(module, "config", None)
-        if type(own) is type(config):
+        if type(own) is type(config) and id(own) not in others:
             seen.setdefault(id(own), own)
-    yield from seen.values()
+    return list(seen.values())
 
 
 def _count_fields(config: PreTrainedConfig, total: int, *, decoder: bool) -> list[str]:

@@ -52,8 +52,8 @@ def text_part(model: PreTrainedModel, stacks: Stacks = "encoder") -> PreTrainedM
         encoder = part.get_encoder()
         if not isinstance(encoder, PreTrainedModel):
             raise ValueError(
-                f"The encoder of {type(part).__name__} is no model of its own, so it can't be used alone. Use both "
-                'stacks: from_backbone(..., stacks="both").'
+                f"The encoder of {type(part).__name__} is no model of its own, so it can't be built and used alone. "
+                "Choose an encoder, a decoder, or another encoder-decoder."
             )
         part = _of_composite(encoder)
     if part.main_input_name != "input_ids":

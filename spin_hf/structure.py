@@ -46,9 +46,15 @@ def find_layout(
     if stacks == "both":
         if blocks or ffn:
             raise TapError('blocks= and ffn= name one stack. With stacks="both" leave them out.')
-        encoder, decoder = (_inside(backbone, stack) for stack in (backbone.get_encoder(), backbone.get_decoder()))  # type: ignore[operator]
+        names = {module: name for name, module in backbone.named_modules()}
+        encoder, decoder = (
+            find_layout(backbone, blocks=_find_blocks(backbone, inside=f"{names[stack]}.").blocks)
+            for stack in (backbone.get_encoder(), backbone.get_decoder())  # type: ignore[operator]
+        )
         return replace(encoder, decoder=decoder)
-    layout = Layout(blocks or _find_blocks(backbone), None, None)
+    layout = Layout(blocks, None, None) if blocks else _find_blocks(backbone)
+    if layout.entry is not None:
+        return replace(layout, norm=_final_norm(backbone, layout.blocks))
     modules = list(layout.module_list(backbone))
     layout = replace(layout, norm=_final_norm(backbone, layout.blocks), calls=_calls_in_a_row(backbone, layout))
     if ffn is not None:
@@ -61,24 +67,21 @@ def find_layout(
                 f'Linear layers in a block: {", ".join(candidates)}. Name one of them with ffn="...".'
             ) from None
         return replace(layout, ffn=ffn)
-    names = tuple(_find_ffn(module, layout.hidden_size(backbone)) for module in modules)
-    return replace(layout, ffn=names[0] if len(set(names)) == 1 else names)
+    found = tuple(_find_ffn(module, layout.hidden_size(backbone)) for module in modules)
+    return replace(layout, ffn=found[0] if len(set(found)) == 1 else found)
 
 
-def _inside(backbone: nn.Module, stack: nn.Module) -> Layout:
-    """The layout of one stack of a backbone."""
-    found = find_layout(stack)
-    name = next(name for name, module in backbone.named_modules() if module is stack)
-    return replace(found, blocks=f"{name}.{found.blocks}", norm=found.norm and f"{name}.{found.norm}")
-
-
-def _find_blocks(backbone: nn.Module) -> str:
+def _find_blocks(backbone: nn.Module, inside: str = "") -> Layout:
     other = tuple(
         f"{name}."
         for name, module in backbone.named_modules()
         if name and getattr(module, "main_input_name", "input_ids") != "input_ids"
     )
-    lists = {name: items for name, items in module_lists(backbone).items() if not name.startswith(other)}
+    lists = {
+        name: items
+        for name, items in module_lists(backbone).items()
+        if name.startswith(inside) and not name.startswith(other)
+    }
     if not lists:
         raise TapError(
             f"No blocks found in {type(backbone).__name__}: it holds no nn.ModuleList of modules with weights. "
@@ -91,7 +94,16 @@ def _find_blocks(backbone: nn.Module) -> str:
         composed = any(True for _ in lists[name][0].children())  # not a list of embeddings or convolutions
         return composed, len(lists[name]) == named, len(lists[name])
 
-    return max(lists, key=fitness)
+    best = max(lists, key=fitness)
+    if not _ATTENTION.search(type(lists[best][0]).__name__) or "layer" in type(lists[best][0]).__name__.lower():
+        return Layout(best, None, None)
+    # A list of attentions alone: the other parts of the blocks stand beside it, in the order in which they run.
+    parent = best.rpartition(".")[0]
+    beside = [name for name in lists if name.rpartition(".")[0] == parent and len(lists[name]) == len(lists[best])]
+    layout = Layout(beside[-1], None, None, entry=best)
+    found = {name: _find_ffn(lists[name][0], layout.hidden_size(backbone)) for name in beside}
+    ffn = [f"{name}.*.{inner}" for name, inner in found.items() if inner]
+    return replace(layout, ffn=ffn[-1] if ffn else None)
 
 
 def _find_ffn(block: nn.Module, hidden_size: int) -> str | None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -88,7 +88,9 @@ class Layout:
 
     ``blocks`` is the block list inside the backbone and ``norm`` the final norm (or ``None``). ``ffn`` is the down
     projection inside a block: one name for all of them, or one for each block with ``None`` where a block has none; or
-    ``None`` altogether. ``calls`` says how many blocks in a row share one module of the list, as in ALBERT. ``decoder``
+    ``None`` altogether; a name with ``*`` for the number is one inside the backbone. ``entry`` is where the parts of the
+    blocks stand in lists beside each other (XLM) the list that begins a block, ``blocks`` then the one that ends it.
+    ``calls`` says how many blocks in a row share one module of the list, as in ALBERT. ``decoder``
     is the second stack of an encoder-decoder that is read in both: its blocks are counted on after the encoder's.
     """
 
@@ -97,11 +99,14 @@ class Layout:
     norm: str | None
     calls: int = 1
     decoder: Layout | None = None
+    entry: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {"blocks": self.blocks, "ffn": self.ffn, "norm": self.norm, "calls": self.calls}
         if isinstance(self.ffn, tuple):
             values["ffn"] = list(self.ffn)
+        if self.entry is not None:
+            values["entry"] = self.entry
         return values if self.decoder is None else {**values, "decoder": self.decoder.to_dict()}
 
     @classmethod
@@ -113,6 +118,7 @@ class Layout:
             values["norm"],
             values.get("calls", 1),
             None if decoder is None else cls.from_dict(decoder),
+            values.get("entry"),
         )
 
     @property
@@ -153,6 +159,8 @@ class Layout:
         """The module whose input is a block's neurons; ``None`` for a block without."""
         stack, number = self.stack(backbone, block)
         name = stack.ffn[(number - 1) // stack.calls] if isinstance(stack.ffn, tuple) else stack.ffn
+        if name is not None and "*" in name:
+            return _submodule(backbone, name.replace("*", str(number - 1)))
         return None if name is None else _submodule(self.module(backbone, block), name)
 
     def taps(self, backbone: nn.Module) -> list[Tap]:
@@ -213,6 +221,8 @@ class Layout:
             norm = _submodule(backbone, str(self.stack(backbone, tap.block)[0].norm))
             assert norm is not None
             return norm, False
+        if tap.block == 0 and self.entry is not None:
+            return replace(self, blocks=self.entry, entry=None).module(backbone, 1), True
         if tap.kind == "hidden":
             return self.module(backbone, max(1, tap.block)), tap.block == 0
         down = self.down_projection(backbone, tap.block)

@@ -135,7 +135,7 @@ def checked_layout(values: Any) -> dict[str, Any] | None:
 
 def _names_fit(values: Mapping[str, Any]) -> bool:
     ffn, norm, calls = values.get("ffn"), values.get("norm"), values.get("calls", 1)
-    names = [norm, *ffn] if isinstance(ffn, (list, tuple)) else [norm, ffn]
+    names = [norm, values.get("entry"), *(ffn if isinstance(ffn, (list, tuple)) else [ffn])]
     return all(name is None or isinstance(name, str) for name in names) and type(calls) is int and calls >= 1
 
 

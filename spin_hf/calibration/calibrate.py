@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..depth import nearest_depth, why_whole
 from ..modeling_spin import SpinForSequenceClassification
 from ..taps import Tap, model_device, tap_width
-from .cache import open_store
+from .cache import open_store, remembered
 from .errors import CalibrationError
 from .extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
 from .fingerprint import tokenizer_fingerprint
@@ -169,8 +169,6 @@ def spin_calibrate(
         with clock("tokenize"):
             limit = _token_limit(max_length, tokenizer, model)
             encoded = encode(tokenizer, rows.texts, rows.pairs, limit)
-            model.config.batching = find_batching(model.spin, encoded.input_ids, int(tokenizer.pad_token_id))
-            batches = plan_batches(encoded.lengths, batch_tokens, model.config.batching)
         last = model.spin.taps[-1]  # also where no candidate may use it: the baseline is what a usual classifier reads
         read = taps if last in taps else [*taps, last]
         widths = {tap: tap_width(model.spin.backbone, model.spin.layout, tap) for tap in read}
@@ -187,14 +185,20 @@ def spin_calibrate(
             "The processes of this launch don't hold the same backbone, texts, labels and options. Load and shuffle "
             "alike in all of them, with a seed.",
         )
+        pad = int(tokenizer.pad_token_id)
+        with clock("extract"):
+            known = remembered(cache_dir, key).get("batching") if ranks.main else None
+            find = partial(find_batching, model.spin, encoded.input_ids, pad)
+            model.config.batching = ranks.on_main(lambda: known or find())
+        batches = plan_batches(encoded.lengths, batch_tokens, model.config.batching)
         about = {"backbone": model.config.backbone_id, "texts": len(rows), "tokens": sum(encoded.lengths)}
+        about["batching"] = model.config.batching
         with open_store(
             cache_dir, key=key, ranks=ranks, widths=widths, poolings=recipe.poolings, batches=batches, about=about
         ) as (store, missing):
             with clock("extract"), show.bar("Reading the backbone", sum(encoded.lengths)) as advance, ranks.together():
                 advance(sum(encoded.lengths) - sum(encoded.lengths[row] for i in missing for row in batches[i]))
-                mine, pad = ranks.share(missing), int(tokenizer.pad_token_id)
-                extract(model.spin, encoded, store, mine, pad, ranks.counted(advance))
+                extract(model.spin, encoded, store, ranks.share(missing), pad, ranks.counted(advance))
             device = _solver_device(model)
             fits = Fits(None, device)
             if cache_dir is not None and not callable(metric):

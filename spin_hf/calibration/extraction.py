@@ -120,8 +120,6 @@ def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], pooling
     """Hash of all that the features depend on: tokens, weights, config, layout, taps, poolings, batches and dtype."""
     digest = hashlib.sha256()
     digest.update(repr((FORMAT, list(map(str, taps)), list(poolings), budget, str(model.backbone.dtype))).encode())
-    if model.config.batching != "padded":
-        digest.update(model.config.batching.encode())
     settings = {name: value for name, value in model.backbone.config.to_dict().items() if name not in _PROVENANCE}
     digest.update(repr((model.layout, sorted(settings.items(), key=str))).encode())
     for name, tensor in model.backbone.state_dict().items():

@@ -13,7 +13,7 @@ from ..taps import Tap, TapError, model_device
 from .errors import CalibrationError
 from .extraction import pad
 
-_MOST_TOKENS = 256
+_FEWEST_TOKENS, _MOST_TOKENS = 4, 256  # models that pool neighbours can't read less
 _PARTS = (1, 2, 4, 1, 3, 8)  # how much of each text
 
 
@@ -31,7 +31,10 @@ def find_batching(model: SpinModel, ids: list[list[int]], pad_token_id: int) -> 
     """
     model.eval()
     longest = sorted(ids, key=len, reverse=True)[: len(_PARTS)]
-    texts = [row[: max(1, min(len(row), _MOST_TOKENS) // part)] for row, part in zip(longest, _PARTS, strict=False)]
+    texts = [
+        row[: max(_FEWEST_TOKENS, min(len(row), _MOST_TOKENS) // part)]
+        for row, part in zip(longest, _PARTS, strict=False)
+    ]
     alone = [_features(model, [text], pad_token_id)[0] for text in texts]
     if not _equal(model, [alone[0]], [_features(model, [texts[0]], pad_token_id)[0]]):
         raise CalibrationError(

@@ -23,9 +23,9 @@ import transformers as hf  # noqa: E402
 
 from census.checks import LeftOut, Outcome, check, check_reloaded, make_model  # noqa: E402
 from census.population import model_types  # noqa: E402
-from census.table import write_table  # noqa: E402
+from census.table import totals, write_table  # noqa: E402
 
-SECONDS = 90  # for a type
+SECONDS = 120  # for a type
 
 
 def run_census(types: list[str], folder: Path, *, loud: bool = False) -> list[Outcome]:
@@ -116,7 +116,9 @@ def main() -> None:
         outcomes = run_census(arguments.types or model_types(), Path(folder), loud=True)
     if arguments.json:
         arguments.json.write_text(json.dumps([outcome.to_dict() for outcome in outcomes], indent=1))
-    print(write_table(outcomes, arguments.out))
+    if arguments.out:
+        write_table(outcomes, arguments.out)
+    print(totals(outcomes))
 
 
 if __name__ == "__main__":

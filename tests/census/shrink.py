@@ -20,10 +20,10 @@ _RULES: list[tuple[str, int]] = [
     (r"(eos|sep|eod)_(token_id|index)", 3),
     (r".*_token_(id|index)", VOCABULARY - 1),
     (r"(src_|tgt_|decoder_|entity_)?vocab_size(_per_layer_input|_base)?", VOCABULARY),
-    (r"(unpadded|pronunciation|shape|char|t2u)_vocab_size|.*_vocab_size_base|encoder_hash_byte_group_vocab", VOCABULARY),
+    (r"(unpadded|pronunciation|shape|char|t2u)_vocab_size|.*_vocab_size_base|.*_group_vocab", VOCABULARY),
     (r"(tag|subs)_pad_id", 0),
     # blocks
-    (r"(num_hidden|num|n|encoder|decoder|num_encoder|num_decoder|speech_encoder|t2u_encoder|t2u_decoder)_layers?", BLOCKS),
+    (r"(num_hidden|num|n|((num|speech|t2u)_)?(en|de)coder)_layers?", BLOCKS),
     (r"num_layers_per_stack|num_self_attends_per_block", BLOCKS),
     (r"num_sparse_(en|de)coder_layers|num_kv_shared_layers|max_window_layers|n_layers_per_attn_res_block", 2),
     (r".*_layer_period|.*_layer_interval|sliding_window_pattern|.*_every_n_layers|layer_group_size|.*_sparse_step", 2),
@@ -50,7 +50,7 @@ _RULES: list[tuple[str, int]] = [
     (r"(block|chunk|global_block|mamba_chunk|attention_chunk|patch)_size|.*_chunk_length|local_radius|mem_len", 4),
     (r"(index_topk|index_block_size|index_topk_blocks|index_local_blocks|segment_means_seq_len|num_landmarks)", 4),
     (r".*position_embeddings|n_positions|n_ctx|max_seq_len|.*_length|.*_(source|target)_positions", VOCABULARY),
-    (r"(num|max)_(2d|rel).*|num_hash_buckets|max_xpath.*|.*num_buckets|.*max_distance|(rel|rel_2d)_pos_bins", VOCABULARY),
+    (r"(num|max)_(2d|rel).*|max_xpath.*|.*(num|hash)_buckets|.*max_distance|(rel|rel_2d)_pos_bins", VOCABULARY),
     # state spaces
     (r".*state_size|.*d_state|.*(n_groups|ngroups)", 4),
     (r"mamba_d_ssm", 64),
