@@ -16,7 +16,17 @@ from transformers.utils.hub import extract_commit_hash
 from .checkpoint import dtype_name, fingerprint
 from .configuration_spin import SpinConfig, unsealed
 from .depth import truncate
-from .parts import Stacks, auto_class, check_rebuilds, config_of_encoder, empty_model, rebuilt, text_part, whole_config
+from .parts import (
+    Stacks,
+    auto_class,
+    check_config,
+    check_rebuilds,
+    config_of_encoder,
+    empty_model,
+    rebuilt,
+    text_part,
+    whole_config,
+)
 from .taps import Layout, remove_hooks
 from .trust import CheckpointError, check_size, remote_code_is_trusted
 
@@ -24,11 +34,16 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "re
 
 
 def load_backbone(source: str, kwargs: dict[str, Any], stacks: Stacks = "encoder") -> PreTrainedModel:
-    """The part that reads text of a pretrained model, see :func:`text_part`. Raises ValueError for a SPIN checkpoint."""
+    """The part of a pretrained model that reads text.
+
+    Raises:
+        ValueError: for a SPIN checkpoint, or where :func:`text_part` finds no such part.
+    """
     hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
     config = AutoConfig.from_pretrained(source, **hub)
     if isinstance(config, SpinConfig):
         raise ValueError(f"{source} is a SPIN model already; load it with from_pretrained.")
+    check_config(config)
     auto = auto_class(config, stacks)
     if auto is AutoModelForTextEncoding and config.is_encoder_decoder:
         kwargs = {**kwargs, "config": config_of_encoder(config)}

@@ -97,7 +97,10 @@ def _shorter(backbone: PreTrainedModel, layout: Layout, depth: int) -> str | tup
             problem = problem or f"A config of {kept} blocks is refused: {error}"
             continue
         if fits:
-            return _difference(backbone, twin, stack.blocks) or (config, twin)
+            different = _difference(backbone, twin, stack.blocks)
+            if different:  # or a module has changed a setting of its own since it was made
+                different = _difference(rebuilt(backbone, backbone.config, layout.stacks), twin, stack.blocks)
+            return different or (config, twin)
     return problem or (
         f"{type(backbone.config).__name__} gives num_hidden_layers={named}, but {total} blocks were found, so a "
         "truncated model could not be rebuilt from its config."
@@ -156,7 +159,7 @@ def _count_fields(config: PreTrainedConfig, total: int, *, decoder: bool) -> lis
 def shortened(
     values: dict[str, Any], total: int, depth: int, *, field: str = "num_hidden_layers", anything: bool = False
 ) -> dict[str, Any]:
-    """The values of a config for fewer blocks: their number, and lists of one entry for each block, or of block numbers.
+    """The values of a config for fewer blocks: their number, lists of one entry per block, and lists of block numbers.
 
     Args:
         values: of the stack's config, as ``to_dict`` gives them.

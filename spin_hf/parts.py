@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ def text_part(model: PreTrainedModel, stacks: Stacks = "encoder") -> PreTrainedM
         ValueError: for a model of images or sound that has no such part, or one whose text part could not be built
             again from its own config; or ``stacks="both"`` for a model without a decoder.
     """
+    if stacks not in get_args(Stacks):
+        raise ValueError(f'stacks must be "encoder" or "both"; got {stacks!r}.')
     part = _of_composite(model)
     encoder_decoder = part.config.is_encoder_decoder and part.get_encoder() is not part is not part.get_decoder()
     if stacks == "both" and not encoder_decoder:
@@ -56,11 +58,20 @@ def text_part(model: PreTrainedModel, stacks: Stacks = "encoder") -> PreTrainedM
                 "Choose an encoder, a decoder, or another encoder-decoder."
             )
         part = _of_composite(encoder)
-    if part.main_input_name != "input_ids":
-        raise ValueError(
-            f"{type(model).__name__} reads {part.main_input_name!r}, not text. Choose a model that takes input_ids."
-        )
+    _check_reads_text(type(part), type(model).__name__)
     return part
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Refuse a model of images or sound by its config alone. Raises ValueError."""
+    built = _class_of(config)
+    if isinstance(built, type) and _text_config(config) is None and not config.is_encoder_decoder:
+        _check_reads_text(built, built.__name__)
+
+
+def _check_reads_text(part: Any, name: str) -> None:
+    if part.main_input_name != "input_ids":
+        raise ValueError(f"{name} reads {part.main_input_name!r}, not text. Choose a model that takes input_ids.")
 
 
 def _of_composite(model: PreTrainedModel) -> PreTrainedModel:
@@ -123,7 +134,9 @@ def whole_config(config: PreTrainedConfig) -> PreTrainedConfig:
     for found in vars(sys.modules[type(config).__module__]).values():
         nested = getattr(found, "sub_configs", {}) if isinstance(found, type) else {}
         if nested.get("text_config") is type(config) and found in MODEL_FOR_TEXT_ENCODING_MAPPING:
+            attention = config._attn_implementation
             whole: PreTrainedConfig = found(text_config=config)
+            whole._attn_implementation = attention  # which it hands down, and would take away
             return whole
     return config
 

@@ -17,7 +17,9 @@ from .parts import Stacks
 from .taps import Layout, TapError, module_lists, shape_of
 
 _ATTENTION = re.compile("att", re.IGNORECASE)  # covers attn, attention, SelfAttention
-_ROUTED = re.compile(r"(^|\.)(?!shared)\w*expert", re.IGNORECASE)  # each sees some of the tokens; shared ones see all
+_ROUTED = re.compile(r"^(?!.*shared).*expert", re.IGNORECASE)  # each sees some of the tokens; shared ones see all
+
+_FINAL = re.compile(r"norm$|final_|layer_?norm$|ln_f$")
 
 
 def find_layout(
@@ -120,6 +122,12 @@ def _find_ffn(block: nn.Module, hidden_size: int) -> str | None:
     return fits[-1] if fits else None
 
 
+def has_routed_experts(backbone: nn.Module, layout: Layout) -> bool:
+    """Whether blocks have experts that see some of the tokens, so that no module is the FFN of a text's every token."""
+    names = (name for block in layout.module_list(backbone) for name, _ in block.named_modules())
+    return any(_ROUTED.search(name.rpartition(".")[2]) for name in names)
+
+
 def _outside(block: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules of a block that are neither attention nor a routed expert, nor inside one."""
     left_out: list[str] = []
@@ -150,15 +158,15 @@ def _calls_in_a_row(backbone: nn.Module, layout: Layout) -> int:
 
 
 def _final_norm(backbone: nn.Module, blocks: str) -> str | None:
-    """The norm that stands beside the block list and after it."""
-    parent_name, _, own_name = blocks.rpartition(".")
-    siblings = (
-        list(backbone.get_submodule(parent_name).named_children()) if parent_name else list(backbone.named_children())
-    )
-    names = [name for name, _ in siblings]
-    if own_name not in names:
-        return None
-    for name, module in siblings[names.index(own_name) + 1 :]:
-        if "norm" in type(module).__name__.lower() and "emb" not in name:  # BART lists its embeddings' norm last
-            return f"{parent_name}.{name}" if parent_name else name
-    return None
+    """The norm that stands beside the block list: the first after it, or before it one that is named as a final one."""
+    parent, _, own = blocks.rpartition(".")
+    siblings = [name for name, _ in backbone.get_submodule(parent).named_children()]
+    norms = [
+        name
+        for name in siblings
+        if "norm" in type(backbone.get_submodule(f"{parent}.{name}".lstrip("."))).__name__.lower()
+        and "emb" not in name  # BART lists its embeddings' norm last
+    ]
+    after = [name for name in norms if siblings.index(name) > siblings.index(own)]
+    found = after[:1] or [name for name in norms if _FINAL.match(name)][-1:]
+    return f"{parent}.{found[0]}".lstrip(".") if found else None

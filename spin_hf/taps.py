@@ -88,10 +88,12 @@ class Layout:
 
     ``blocks`` is the block list inside the backbone and ``norm`` the final norm (or ``None``). ``ffn`` is the down
     projection inside a block: one name for all of them, or one for each block with ``None`` where a block has none; or
-    ``None`` altogether; a name with ``*`` for the number is one inside the backbone. ``entry`` is where the parts of the
-    blocks stand in lists beside each other (XLM) the list that begins a block, ``blocks`` then the one that ends it.
-    ``calls`` says how many blocks in a row share one module of the list, as in ALBERT. ``decoder``
-    is the second stack of an encoder-decoder that is read in both: its blocks are counted on after the encoder's.
+    ``None`` altogether; a name with ``*`` for the block's number is one inside the backbone. ``calls`` says how many
+    blocks in a row share one module of the list, as in ALBERT.
+
+    ``decoder`` is the second stack of an encoder-decoder that is read in both: its blocks count on after the encoder's.
+    ``entry`` is needed where the parts of the blocks stand in lists beside each other, as in XLM: it names the list
+    that begins a block, and ``blocks`` the one that ends it.
     """
 
     blocks: str

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..depth import nearest_depth, why_whole
 from ..modeling_spin import SpinForSequenceClassification
+from ..structure import has_routed_experts
 from ..taps import Tap, model_device, tap_width
 from .cache import open_store, remembered
 from .errors import CalibrationError
@@ -161,9 +162,12 @@ def spin_calibrate(
     data = Labelled(task, labels, task.targets(labels), row_weights, prepared.folds, refit)
     taps = [tap for tap in model.spin.taps if tap.block <= tried_depths[-1] and _wanted(tap, recipe)]
     if not taps:
+        spin = model.spin
+        experts = has_routed_experts(spin.backbone, spin.layout)
         raise CalibrationError(
-            f"No tap of kind {', '.join(recipe.kinds)} was found in {type(model.spin.backbone).__name__}. "
-            'Use kinds=["hidden"], or name the down projection with ffn="..." in from_backbone.'
+            f"No tap of kind {', '.join(recipe.kinds)} was found in {type(spin.backbone).__name__}. "
+            + ("Its FFNs are routed experts, of which no module sees every token. " if experts else "")
+            + 'Use kinds=["hidden"], or name the down projection with ffn="..." in from_backbone.'
         )
     with shown(progress and ranks.main) as show:
         with clock("tokenize"):

@@ -149,8 +149,12 @@ def _compare_hidden_states(model: Any, values: dict[str, torch.Tensor], outcome:
     away = [_away(values[f"hidden.{block}"], states[block]) for block in range(total)]
     if len(states) == total + 1 and away[0] > 1e-6:  # some don't give the embeddings, but the last block's output twice
         away = [_away(values[f"hidden.{block}"], states[block - 1]) for block in range(1, total)]
+    last = getattr(given[0], "last_hidden_state", None)
+    normed = values.get(f"norm.{total}")
+    if last is not None and normed is not None and last.shape == normed.shape:
+        away.append(_away(normed, last))
     wrong = [f"{difference:.1g}" for difference in away if difference > 1e-6]
-    assert not wrong, f"{len(wrong)} hidden taps are not transformers' own (away by {', '.join(wrong)})"
+    assert not wrong, f"{len(wrong)} taps are not transformers' own (away by {', '.join(wrong)})"
 
 
 def _calibrate(whole: Any, outcome: Outcome, folder: Path) -> Any:
