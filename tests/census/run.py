@@ -1,4 +1,4 @@
-"""The census: ``python -m census.run [TYPE ...]`` in ``tests/``. Every type in a process of its own, then the table."""
+"""The census: ``python tests/census/run.py [TYPE ...]``. Every type in a process of its own, then the table."""
 
 from __future__ import annotations
 
