@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -70,20 +71,28 @@ def tiny_config(model_type: str, by_hand: Mapping[str, Mapping[str, Any]] | None
 
 
 def _tiny(config_class: type[PreTrainedConfig], name: str, by_hand: Mapping[str, Mapping[str, Any]]) -> Any:
+    defaults = _defaults(config_class)
     values = {name: _tiny(found, found.model_type or name, by_hand) for name, found in _nested(config_class).items()}
-    names = {field.name for field in dataclasses.fields(config_class)}
-    for field in dataclasses.fields(config_class):
-        if isinstance(field.default, int) and not isinstance(field.default, bool):
-            values[field.name] = _shrunk(field.name, field.default)
-    if "kv_lora_rank" in names:  # keys and values come from one latent, for each of the heads
+    for field, default in defaults.items():
+        if isinstance(default, int) and not isinstance(default, bool):
+            values[field] = _shrunk(field, default)
+    if "kv_lora_rank" in defaults:  # keys and values come from one latent, for each of the heads
         values["num_key_value_heads"] = values["num_attention_heads"]
     values.update(by_hand.get(name, {}))
     return config_class(**values)
 
 
+def _defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The fields of a config and their defaults."""
+    if dataclasses.is_dataclass(config_class):
+        return {field.name: field.default for field in dataclasses.fields(config_class)}
+    parameters = inspect.signature(config_class.__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
 def _nested(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]]:
     """The classes of the configs that one of a class holds by default."""
-    names = [field.name for field in dataclasses.fields(config_class) if field.name in config_class.sub_configs]
+    names = [name for name in _defaults(config_class) if name in config_class.sub_configs]
     if not names:
         return {}
     default = config_class()
