@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModelForTextEncoding, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -21,7 +21,6 @@ from .parts import (
     auto_class,
     check_config,
     check_rebuilds,
-    config_of_encoder,
     empty_model,
     rebuilt,
     text_part,
@@ -44,10 +43,9 @@ def load_backbone(source: str, kwargs: dict[str, Any], stacks: Stacks = "encoder
     if isinstance(config, SpinConfig):
         raise ValueError(f"{source} is a SPIN model already; load it with from_pretrained.")
     check_config(config)
-    auto = auto_class(config, stacks)
-    if auto is AutoModelForTextEncoding and config.is_encoder_decoder:
-        kwargs = {**kwargs, "config": config_of_encoder(config)}
-    return text_part(auto.from_pretrained(source, **kwargs), stacks)
+    auto, fitting = auto_class(config, stacks)
+    given = {} if fitting is config else {"config": fitting}
+    return text_part(auto.from_pretrained(source, **kwargs, **given), stacks)
 
 
 def build_backbone(config: SpinConfig) -> PreTrainedModel:

@@ -25,13 +25,19 @@ from .trust import remote_code_is_trusted
 Stacks = Literal["encoder", "both"]
 
 
-def auto_class(config: PreTrainedConfig, stacks: Stacks = "encoder") -> Any:
-    """``AutoModel``, or for an encoder-decoder of which transformers has the encoder alone, the class of that."""
-    # Not by is_encoder_decoder alone: an encoder built from a T5Config sets it to False there.
+def auto_class(config: PreTrainedConfig, stacks: Stacks = "encoder") -> tuple[Any, PreTrainedConfig]:
+    """``AutoModel``, or where transformers has a class for the encoder alone its like for that; and the config to give.
+
+    An encoder alone wants the config of the whole without the flag ``is_encoder_decoder``.
+    """
+    # Not by that flag alone: an encoder built from a T5Config sets it to False there.
     encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
-    if stacks == "encoder" and encoder is not None and encoder is not MODEL_MAPPING.get(type(config), None):
-        return AutoModelForTextEncoding
-    return AutoModel
+    if stacks == "both" or encoder is None or encoder is MODEL_MAPPING.get(type(config), None):
+        return AutoModel, config
+    if config.is_encoder_decoder:
+        config = copy.deepcopy(config)
+        config.is_encoder_decoder = False
+    return AutoModelForTextEncoding, config
 
 
 def text_part(model: PreTrainedModel, stacks: Stacks = "encoder") -> PreTrainedModel:
@@ -110,18 +116,8 @@ def empty_model(config: PreTrainedConfig, stacks: Stacks = "encoder", **options:
         **options: for ``from_config``.
     """
     options.setdefault("trust_remote_code", remote_code_is_trusted())
-    auto = auto_class(config, stacks)
-    return text_part(
-        auto.from_config(config_of_encoder(config) if auto is AutoModelForTextEncoding else config, **options), stacks
-    )
-
-
-def config_of_encoder(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config that the class of an encoder alone wants: that of the whole, without the flag."""
-    if config.is_encoder_decoder:
-        config = copy.deepcopy(config)
-        config.is_encoder_decoder = False
-    return config
+    auto, config = auto_class(config, stacks)
+    return text_part(auto.from_config(config, **options), stacks)
 
 
 def whole_config(config: PreTrainedConfig) -> PreTrainedConfig:

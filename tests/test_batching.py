@@ -14,7 +14,7 @@ from spin_hf.calibration.independence import find_batching
 from spin_hf.pooling import PositionsError, pool
 
 QUICK = {"progress": False, "Cs": 2, "etas": (0.5,), "depths": [2]}
-TEXTS = [[5, 6, 7, 8, 9, 10, 11, 12], [7, 8, 9, 10], [20, 21, 22, 23, 24, 25]]
+TEXTS = [[*range(5, 25)], [7, 8, 9, 10], [*range(20, 32)]]
 
 
 class MixesExamples(nn.Module):
@@ -52,22 +52,23 @@ def wrapped(kind):
 )
 def test_what_may_share_a_batch_is_found_by_trying(model_type, batching):
     model = SpinForSequenceClassification.from_backbone(make_model(model_type))
-    assert find_batching(model.spin, TEXTS, 0) == batching
+    assert find_batching(model.spin, model.spin.taps, TEXTS, 0) == batching
 
 
 def test_a_backbone_that_mixes_the_examples_of_a_batch():
     model = wrapped(MixesExamples)
-    assert find_batching(model.spin, TEXTS, 0) == "single"
+    assert find_batching(model.spin, model.spin.taps, TEXTS, 0) == "single"
 
 
 def test_a_backbone_that_reads_at_random():
+    spin = wrapped(Random).spin
     with pytest.raises(CalibrationError, match="BertModel gives other features each time"):
-        find_batching(wrapped(Random).spin, TEXTS, 0)
+        find_batching(spin, spin.taps, TEXTS, 0)
 
 
 def test_texts_of_one_length_tell_the_same():
     model = SpinForSequenceClassification.from_backbone(make_model("fnet"))
-    assert find_batching(model.spin, [[5, 6, 7, 8, 9, 10, 11, 12]] * 4, 0) == "equal_length"
+    assert find_batching(model.spin, model.spin.taps, [[*range(5, 21)]] * 4, 0) == "equal_length"
 
 
 @pytest.mark.parametrize("model_type", ["fnet", "mobilebert"])

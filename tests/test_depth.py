@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 from builders import CONFIGS, calibrated, make_backbone, make_batch
 from census.checks import make_model
+from census.population import needs
 
 from spin_hf import SpinForSequenceClassification, TapError, spin_calibrate
 from spin_hf.calibration.errors import CalibrationError
@@ -143,6 +144,7 @@ def test_lists_beside_each_other_are_all_cut():
     assert backbone.n_layers == 2
 
 
+@needs("gemma4_text")
 def test_depths_at_which_a_block_would_be_another_one_are_passed_over(tokenizer, sentiment_rows):
     backbone = make_model("gemma4_text")  # its last block always has full attention, here the second and the fourth
     layout = find_layout(backbone)
@@ -160,6 +162,7 @@ def test_depths_at_which_a_block_would_be_another_one_are_passed_over(tokenizer,
     assert model.spin.depth in (2, 4)
 
 
+@needs("minicpm3")
 def test_blocks_that_are_scaled_by_their_number_are_kept():
     backbone = make_model("minicpm3")
     assert "residual_scale" in why_whole(backbone, find_layout(backbone), 2)

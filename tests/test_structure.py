@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as hf
 from census.checks import make_model
+from census.population import needs
 from torch import nn
 from torch.nn import functional as F
 
@@ -124,7 +125,10 @@ def test_parts_of_blocks_in_lists_beside_each_other():
     assert torch.equal(values["hidden.0"], seen["attentions.0"][0])
 
 
-@pytest.mark.parametrize(("model_type", "streams"), [("hy_v4", 4), ("deepseek_v4", 4), ("gemma3n_text", 4)])
+@pytest.mark.parametrize(
+    ("model_type", "streams"),
+    [pytest.param(name, 4, marks=needs(name)) for name in ("hy_v4", "deepseek_v4", "gemma3n_text")],
+)
 def test_residual_streams_are_read_side_by_side(model_type, streams):
     spin, values = read(make_model(model_type), tokens=4, rows=4)  # as many rows and tokens as streams
     hidden = spin.layout.hidden_size(spin.backbone)

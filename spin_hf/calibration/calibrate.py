@@ -192,7 +192,7 @@ def spin_calibrate(
         pad = int(tokenizer.pad_token_id)
         with clock("extract"):
             known = remembered(cache_dir, key).get("batching") if ranks.main else None
-            find = partial(find_batching, model.spin, encoded.input_ids, pad)
+            find = partial(find_batching, model.spin, read, encoded.input_ids, pad)
             model.config.batching = ranks.on_main(lambda: known or find())
         batches = plan_batches(encoded.lengths, batch_tokens, model.config.batching)
         about = {"backbone": model.config.backbone_id, "texts": len(rows), "tokens": sum(encoded.lengths)}

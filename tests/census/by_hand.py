@@ -65,3 +65,13 @@ LEFT_OUT = {
     "musicgen_melody": "AutoModel names the audio decoder, which takes codes of sound",
     "voxtral_realtime": "reads sound; transformers names a text model for it that it doesn't have",
 }
+
+# Why types that are in the population don't pass, in words for the table.
+REASONS = {
+    "blt": "reads bytes that a second model groups into patches; no tiny config of it runs",
+    "fsmt": "its encoder is no PreTrainedModel, so it can't be built alone",
+    "hrm_text": "runs two lists of blocks in a loop, so that no block is one place",
+    "mllama": "skips its cross-attention blocks where there is no image, so that their taps are not read",
+    "pegasus_x": 'runs each FFN for tokens and once more for global tokens; kinds=["hidden"] works',
+    "squeezebert": "calls forward of its blocks without torch's hooks",
+}

@@ -73,6 +73,8 @@ def tiny_config(model_type: str, by_hand: Mapping[str, Mapping[str, Any]] | None
 def _tiny(config_class: type[PreTrainedConfig], name: str, by_hand: Mapping[str, Mapping[str, Any]]) -> Any:
     defaults = _defaults(config_class)
     values = {name: _tiny(found, found.model_type or name, by_hand) for name, found in _nested(config_class).items()}
+    if not dataclasses.is_dataclass(config_class):  # of an older transformers, which takes dicts alone
+        values = {name: nested.to_dict() for name, nested in values.items()}
     for field, default in defaults.items():
         if isinstance(default, int) and not isinstance(default, bool):
             values[field] = _shrunk(field, default)

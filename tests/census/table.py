@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from .by_hand import REASONS
 from .checks import Outcome
 
 _CHECKS = """\
@@ -74,7 +75,7 @@ def _passed(outcome: Outcome) -> str:
 
 
 def _remarks(outcome: Outcome) -> str:
-    failed = [f"{number}: {why}" for number, why in sorted(outcome.failed.items())]
+    failed = [REASONS.get(outcome.model_type, why) for _, why in sorted(outcome.failed.items())]
     return _cell("; ".join([*failed[:1], *outcome.notes]))
 
 
