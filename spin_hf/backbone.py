@@ -16,6 +16,7 @@ from transformers.utils.hub import extract_commit_hash
 from .checkpoint import dtype_name, fingerprint
 from .configuration_spin import SpinConfig, unsealed
 from .depth import truncate
+from .layout import Layout
 from .parts import (
     Stacks,
     auto_class,
@@ -26,7 +27,7 @@ from .parts import (
     text_part,
     whole_config,
 )
-from .taps import Layout, remove_hooks
+from .taps import remove_hooks
 from .trust import CheckpointError, check_size, remote_code_is_trusted
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

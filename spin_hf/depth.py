@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .layout import Layout
 from .parts import rebuilt, submodules
-from .taps import Layout
 
 _PER_BLOCK = re.compile(r"layer|block|per_|pattern")
 _BLOCK_NUMBERS = re.compile(r"(layers|_ids|_idxs|_indices)$")

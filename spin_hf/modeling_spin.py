@@ -23,13 +23,14 @@ from .configuration_spin import SpinConfig
 from .depth import truncate
 from .drift import sample, warn_if_moved
 from .gates import Gates
+from .layout import Layout, Tap, TapError
 from .parts import Stacks, check_rebuilds, shifted_right, text_part, whole_config
 from .pooling import align_left, pool
 from .pretrained import NotCalibratedError as NotCalibratedError
 from .pretrained import SpinPreTrainedModel
 from .quantization import is_quantized as is_quantized
 from .structure import find_layout
-from .taps import Layout, Tap, TapError, attach, model_device, record
+from .taps import attach, model_device, record
 from .trust import CheckpointError as CheckpointError
 
 # Every module of the runtime is named above, since some versions of transformers copy from a self-contained folder only

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from .layout import Layout, TapError, module_lists, shape_of
 from .parts import Stacks
-from .taps import Layout, TapError, module_lists, shape_of
 
 _ATTENTION = re.compile("att", re.IGNORECASE)  # covers attn, attention, SelfAttention
 _ROUTED = re.compile(r"^(?!.*shared).*expert", re.IGNORECASE)  # each sees some of the tokens; shared ones see all
