@@ -48,7 +48,8 @@ def truncate(backbone: PreTrainedModel, layout: Layout, depth: int) -> None:
             changed["_heterogeneity_spec"] = part._heterogeneity_spec
         for copied in _copies(backbone, before[name], before.values()):
             vars(copied).update(copy.deepcopy(changed))
-    _adopt(backbone, twin)
+    stack = layout.decoder or layout
+    _adopt(backbone, twin, stack.own_depth(backbone), stack.own_depth(twin))
 
 
 def why_whole(backbone: PreTrainedModel, layout: Layout, depth: int | None = None) -> str | None:
@@ -205,8 +206,11 @@ def _difference(backbone: nn.Module, twin: nn.Module, blocks: str) -> str | None
     return None
 
 
-def _adopt(backbone: nn.Module, twin: nn.Module) -> None:
-    """Cut lists of modules, and weights that have a part for each block, to what they are in the twin."""
+def _adopt(backbone: nn.Module, twin: nn.Module, total: int, depth: int) -> None:
+    """Cut lists of modules, and weights that have a part for each block, to what they are in the twin.
+
+    The numbers and lists that a module notes of itself go with them, where they go by the number of blocks.
+    """
     twins = submodules(twin)
     for name, module in submodules(backbone).items():
         other = twins.get(name)
@@ -229,5 +233,8 @@ def _adopt(backbone: nn.Module, twin: nn.Module) -> None:
             else:
                 setattr(module, key, cut)
         for key, value in vars(other).items():
-            if type(value) in (int, list, tuple) and not key.startswith("_"):
+            own: Any = vars(module).get(key)
+            counts = type(value) is int and type(own) is int and own != value and own * depth == value * total
+            lists = isinstance(value, (list, tuple)) and type(own) is type(value) and own[: len(value)] == value
+            if (counts or lists) and not key.startswith("_"):
                 setattr(module, key, value)

@@ -47,8 +47,8 @@ def text_part(model: PreTrainedModel, stacks: Stacks = "encoder") -> PreTrainedM
     unless ``stacks="both"``.
 
     Raises:
-        ValueError: for a model of images or sound that has no such part, or one whose text part could not be built
-            again from its own config; or ``stacks="both"`` for a model without a decoder.
+        ValueError: for a model of images or sound that has no such part, an encoder that can't be built by itself, or
+            ``stacks="both"`` for a model without a decoder.
     """
     if stacks not in get_args(Stacks):
         raise ValueError(f'stacks must be "encoder" or "both"; got {stacks!r}.')

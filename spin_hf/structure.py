@@ -18,7 +18,6 @@ from .parts import Stacks
 
 _ATTENTION = re.compile("att", re.IGNORECASE)  # covers attn, attention, SelfAttention
 _ROUTED = re.compile(r"^(?!.*shared).*expert", re.IGNORECASE)  # each sees some of the tokens; shared ones see all
-
 _FINAL = re.compile(r"norm$|final_|layer_?norm$|ln_f$")
 
 
@@ -56,7 +55,7 @@ def find_layout(
         return replace(encoder, decoder=decoder)
     layout = Layout(blocks, None, None) if blocks else _find_blocks(backbone)
     if layout.entry is not None:
-        return replace(layout, norm=_final_norm(backbone, layout.blocks))
+        return replace(layout, norm=_final_norm(backbone, layout.blocks), ffn=ffn or layout.ffn)
     modules = list(layout.module_list(backbone))
     layout = replace(layout, norm=_final_norm(backbone, layout.blocks), calls=_calls_in_a_row(backbone, layout))
     if ffn is not None:
