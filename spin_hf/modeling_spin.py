@@ -106,6 +106,8 @@ class SpinModel(SpinPreTrainedModel):
         if config.layout is None:
             config.layout = find_layout(backbone).to_dict()
         self.layout = Layout.from_dict(config.layout)
+        self._form = self.layout.form(backbone)
+        self._takes = frozenset(signature(type(backbone).forward).parameters)
         self.standardizer = Standardizer(config.num_features)
         self.groups: list[tuple[Tap, list[tuple[str, int, int]]]] = []
         self._hooks: list[Any] = []
@@ -267,7 +269,7 @@ class SpinModel(SpinPreTrainedModel):
         self, taps: Sequence[Tap], read: Callable[[Tap, Tensor], None], mask: Tensor
     ) -> AbstractContextManager[None]:
         """:func:`record` the taps of a forward of this backbone, with this mask ``(batch, tokens)``."""
-        return record(taps, read, shape=(mask.shape[0], mask.shape[1]), form=self.layout.form(self.backbone))
+        return record(taps, read, shape=(mask.shape[0], mask.shape[1]), form=self._form)
 
     def token_mask(self, input_ids: Tensor | None, attention_mask: Tensor | None, embeds: Tensor | None) -> Tensor:
         """The mask ``(batch, tokens)``; all ones, with one warning, where none was given."""
@@ -296,14 +298,14 @@ class SpinModel(SpinPreTrainedModel):
         """One forward of the backbone for its side effects on the taps; nothing of its output is kept."""
         optional = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         inputs: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
-        takes = signature(type(self.backbone).forward).parameters
+        takes = self._takes
         if input_ids is not None:
             inputs["input_ids"] = input_ids
         if "use_cache" in takes or getattr(self.backbone.config, "use_cache", None):
             inputs["use_cache"] = False
-        if "attention_mask" in takes:
+        if "attention_mask" in takes or "input_ids" not in takes:  # FNet takes none; some wrappers take what comes
             inputs["attention_mask"] = mask
-        if "token_type_ids" in inputs and not {"token_type_ids", "kwargs"} & set(takes):
+        if "token_type_ids" in inputs and not {"token_type_ids", "kwargs"} & takes:
             del inputs["token_type_ids"]  # some tokenizers make them for models that have no use for them
         if self.layout.decoder is not None:
             if input_ids is None:

@@ -12,6 +12,7 @@ from census.population import needs
 from census.shrink import tiny_config
 
 from spin_hf import SpinConfig, SpinForSequenceClassification, TapError, spin_calibrate
+from spin_hf.checkpoint import fingerprint
 from spin_hf.depth import truncate, why_whole
 from spin_hf.parts import shifted_right
 
@@ -157,3 +158,20 @@ def test_stacks_that_contradict(bert_backbone):
     model = calibrated(whole_model("t5"), stacks="both")
     with pytest.raises(ValueError, match="give input_ids"):
         model(inputs_embeds=torch.zeros(1, 3, 32))
+
+
+def test_a_fingerprint_proves_the_decoder_too():
+    model = SpinForSequenceClassification.from_backbone(whole_model("t5"), stacks="both")
+    backbone, layout = model.spin.backbone, model.spin.layout
+    before = fingerprint(backbone, layout, "float32")
+    with torch.no_grad():
+        backbone.decoder.block[0].layer[0].layer_norm.weight.add_(1)
+    assert fingerprint(backbone, layout, "float32") != before
+
+
+def test_a_model_whose_ffns_run_twice_is_read_at_its_hidden_taps(tokenizer, sentiment_rows):
+    model = SpinForSequenceClassification.from_backbone(make_model("pegasus_x"))
+    with pytest.raises(TapError, match=r"ffn.1 was read 2 times.*leave this kind out with kinds="):
+        spin_calibrate(model, tokenizer, sentiment_rows, **QUICK)
+    spin_calibrate(model, tokenizer, sentiment_rows, kinds=["hidden"], **QUICK)
+    assert model(**make_batch()).logits.isfinite().all()
