@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: setup demo test test-quantized lint format lowest clean
+.PHONY: setup demo test test-quantized census lint format lowest clean
 
 setup: $(STAMP)
 
@@ -27,7 +27,7 @@ demo: setup
 	$(BIN)/spin-hf demo
 
 # One thread per test process: two processes with a thread pool each take turns on the same cores.
-test test-quantized lowest: export OMP_NUM_THREADS ?= 1
+test test-quantized lowest census: export OMP_NUM_THREADS ?= 1
 
 test: setup
 	$(BIN)/python $(PYTEST) $(ARGS)
@@ -41,6 +41,10 @@ test-quantized: setup $(QUANTIZERS)
 $(QUANTIZERS): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --upgrade --no-deps -c constraints.txt --target $@ bitsandbytes torchao
 	@touch $@
+
+# Every text architecture of transformers, from tiny random configs: about ten minutes. TYPES="bert llama" for a few.
+census: setup
+	$(BIN)/python tests/census/run.py $(if $(TYPES),$(TYPES),--out examples/ARCHITECTURES.md)
 
 lint: setup
 	$(BIN)/ruff check

@@ -283,10 +283,10 @@ def run(arguments: argparse.Namespace) -> None:
     path = str(backbone_folder()) if arguments.model == "minilm" else arguments.model
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    train, validation, test = load(arguments.data, "sst2")
+    train, validation, test = (rows[: arguments.rows] for rows in load(arguments.data, "sst2"))
     with tempfile.TemporaryDirectory() as scratch:
         folder = str((arguments.work or Path(scratch)) / f"spin-{name}")
-        setting = Setting(path, tokenizer, train[: arguments.rows], validation, folder, 0.0, scratch, 0.0, 0)
+        setting = Setting(path, tokenizer, train, validation, folder, 0.0, scratch, 0.0, 0)
         setting = setting._replace(seconds=calibrate(setting, device=arguments.calibrate_on))
         for method in arguments.methods or METHODS:
             for seed in arguments.seeds if len(METHODS[method][1]) > 1 else arguments.seeds[:1]:
@@ -327,7 +327,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="minilm", help="minilm, or the folder of a model")
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, help="train on so many texts only, for a trial")
+    parser.add_argument("--rows", type=int, help="at most so many of each split, for a trial")
     parser.add_argument("--calibrate-on", default=DEVICE, help="device of the calibration: cpu or cuda")
     parser.add_argument("--work", type=Path, help="keep the calibrated classifier here")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "adaptation_table.jsonl")

@@ -9,61 +9,44 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForTextEncoding,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .checkpoint import dtype_name, fingerprint
 from .configuration_spin import SpinConfig, unsealed
 from .depth import truncate
-from .taps import Layout, config_field, remove_hooks
+from .layout import Layout
+from .parts import (
+    Stacks,
+    auto_class,
+    check_config,
+    check_rebuilds,
+    empty_model,
+    rebuilt,
+    text_part,
+    whole_config,
+)
+from .taps import remove_hooks
 from .trust import CheckpointError, check_size, remote_code_is_trusted
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-def _auto_class(config: PreTrainedConfig) -> Any:
-    """``AutoModel``, or for an encoder-decoder the class of its encoder."""
-    # Not by is_encoder_decoder alone: an encoder built from a T5Config sets it to False there.
-    encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
-    if encoder is not None and encoder is not MODEL_MAPPING.get(type(config), None):
-        return AutoModelForTextEncoding
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{config.model_type!r} is an encoder-decoder, and transformers has no class for its encoder alone. "
-            "Choose an encoder or a decoder, or an encoder-decoder of the T5 family."
-        )
-    return AutoModel
+def load_backbone(source: str, kwargs: dict[str, Any], stacks: Stacks = "encoder") -> PreTrainedModel:
+    """The part of a pretrained model that reads text.
 
-
-def check_rebuilds(model: Any) -> None:
-    """Refuse a model that its config would not build again, before the work of calibrating it."""
-    auto = _auto_class(model.config)
-    mapping = MODEL_FOR_TEXT_ENCODING_MAPPING if auto is AutoModelForTextEncoding else MODEL_MAPPING
-    built: Any = mapping.get(type(model.config), None)
-    if built is not None and not isinstance(model, built):
-        name = getattr(built, "__name__", str(built))
-        raise ValueError(
-            f"A saved classifier rebuilds its backbone from the config, here as {name}, so that it could not be loaded "
-            f"with a {type(model).__name__}. Pass a {name} (model.base_model of one with a task head), or its name."
-        )
-
-
-def load_backbone(source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The pretrained model, or of an encoder-decoder its encoder. Raises ValueError for a SPIN checkpoint."""
+    Raises:
+        ValueError: for a SPIN checkpoint, or where :func:`text_part` finds no such part.
+    """
     hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
     config = AutoConfig.from_pretrained(source, **hub)
     if isinstance(config, SpinConfig):
         raise ValueError(f"{source} is a SPIN model already; load it with from_pretrained.")
-    return _auto_class(config).from_pretrained(source, **kwargs)
+    check_config(config)
+    auto, fitting = auto_class(config, stacks)
+    given = {} if fitting is config else {"config": fitting}
+    return text_part(auto.from_pretrained(source, **kwargs, **given), stacks)
 
 
 def build_backbone(config: SpinConfig) -> PreTrainedModel:
@@ -78,8 +61,9 @@ def build_backbone(config: SpinConfig) -> PreTrainedModel:
     options: dict[str, Any] = {"trust_remote_code": remote_code_is_trusted(), "dtype": torch.get_default_dtype()}
     if remote_code_is_trusted() and type(backbone_config) not in MODEL_MAPPING:
         options["code_revision"] = config.backbone_revision  # the code that was read when the model was made, not newer
+    stacks = Layout.from_dict(config.layout).stacks if config.layout else "encoder"
     try:
-        backbone: PreTrainedModel = _auto_class(backbone_config).from_config(backbone_config, **options)
+        backbone = empty_model(backbone_config, stacks, **options)
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"No backbone can be built from config.json: {error}") from error
     check_size(backbone)
@@ -116,15 +100,21 @@ def fitting_backbone(config: SpinConfig, given: Any, kwargs: dict[str, Any]) -> 
     """
     backbone_config: Any = unsealed(config)
     if isinstance(given, nn.Module):
-        check_rebuilds(given)
-        backbone = _shared(given)
+        stacks = Layout.from_dict(config.layout or {}).stacks
+        part = text_part(given, stacks) if isinstance(given, PreTrainedModel) else given
+        check_rebuilds(part, stacks)
+        backbone = _shared(part)
     else:
         backbone = _load_fitting(config, given, kwargs)
     expected = f"{config.backbone_id} at {config.backbone_revision or 'its main revision'}"
     found = (getattr(backbone, "name_or_path", "") or type(backbone).__name__) if given is not None else expected
-    layout, depth = Layout.from_dict(config.layout or {}), backbone_config.get_text_config().num_hidden_layers
-    blocks = config_field(backbone, "num_hidden_layers") or 0
-    if backbone.config.model_type != backbone_config.model_type or blocks < depth:
+    layout = Layout.from_dict(config.layout or {})
+    fits = whole_config(backbone.config).model_type == backbone_config.model_type
+    depth, blocks = (
+        layout.depth(model) if fits else getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+        for model in (rebuilt(backbone, backbone_config, layout.stacks), backbone)
+    )
+    if not fits or blocks < depth:
         raise CheckpointError(
             f"This head was made for {expected}, a {backbone_config.model_type!r} of at least {depth} blocks; {found} "
             f"is a {backbone.config.model_type!r} of {blocks} blocks."
@@ -172,7 +162,7 @@ def _load_fitting(config: SpinConfig, given: Any, kwargs: dict[str, Any]) -> Pre
     # is one whose fingerprint is known.
     options["dtype"] = asked if asked in known else known.get("dtype", "auto")
     try:
-        return load_backbone(str(given), options)
+        return load_backbone(str(given), options, Layout.from_dict(config.layout or {}).stacks)
     except OSError as error:
         place = f"{given} at {options['revision']}" if options.get("revision") else given
         raise OSError(

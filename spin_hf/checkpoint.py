@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from .taps import Layout
+from .layout import Layout
 from .trust import CheckpointError
 
 Form = Literal["full", "head", "self_contained"]
@@ -203,8 +203,8 @@ def fingerprint(backbone: PreTrainedModel, layout: Layout, dtype: str) -> str:
         CheckpointError: if weights are offloaded, so that they can't be read.
     """
     children = [name for name, _ in backbone.named_children()]
-    after = set(children[children.index(layout.blocks.partition(".")[0]) + 1 :])
-    after -= {(layout.norm or "").partition(".")[0]}
+    last = (layout.decoder or layout).blocks.partition(".")[0]
+    after = {name for name in children[children.index(last) + 1 :] if "pool" in name}
     kept = {name: value for name, value in backbone.state_dict().items() if name.partition(".")[0] not in after}
     return _digest(((name, kept[name]) for name in sorted(kept)), getattr(torch, dtype))
 

@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
+from .batching import BATCHINGS, Batching
 from .trust import CheckpointError as CheckpointError
 from .trust import check_values, checked_features, checked_layout, remote_code_is_trusted, trusting_remote_code
 
@@ -35,6 +36,8 @@ class SpinConfig(PreTrainedConfig):
         text_pairs: whether calibration read sentence pairs; ``None`` of an early checkpoint that doesn't say.
         logit_temperature: what the model divides its logits by, so that probabilities match how often they hold.
         gate_penalty: cost of an open gate in the training loss; ``None`` for a model without gates.
+        batching: which texts may share a batch: ``"padded"`` (any), ``"equal_length"`` or ``"single"``. Calibration
+            finds out; a model splits a batch that its backbone can't take whole.
         tokenizer: fingerprint of the tokenizer that calibration used.
         form: the checkpoint's form if its weights are not whole: ``"head"``.
         head_checksum: SHA-256 of the head's tensors in the checkpoint's file.
@@ -63,6 +66,7 @@ class SpinConfig(PreTrainedConfig):
         text_pairs: bool | None = None,
         logit_temperature: float = 1.0,
         gate_penalty: float | None = None,
+        batching: Batching = "padded",
         tokenizer: dict[str, Any] | None = None,
         form: str | None = None,
         head_checksum: str | None = None,
@@ -93,6 +97,9 @@ class SpinConfig(PreTrainedConfig):
         self.text_pairs = text_pairs
         self.logit_temperature = _checked_temperature(logit_temperature)
         self.gate_penalty = gate_penalty
+        if batching not in BATCHINGS:
+            raise CheckpointError(f"`batching` should be one of {', '.join(BATCHINGS)}; got {batching!r}.")
+        self.batching = batching
         self.tokenizer = tokenizer
         self.form = form
         self.head_checksum = head_checksum

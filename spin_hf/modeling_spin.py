@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -15,17 +16,21 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .backbone import build_backbone, check_rebuilds, load_backbone, pinned_revision
+from .backbone import build_backbone, load_backbone, pinned_revision
+from .batching import split_rows
 from .checkpoint import Form as Form
 from .configuration_spin import SpinConfig
 from .depth import truncate
 from .drift import sample, warn_if_moved
 from .gates import Gates
+from .layout import Layout, Tap, TapError
+from .parts import Stacks, check_rebuilds, shifted_right, text_part, whole_config
 from .pooling import align_left, pool
 from .pretrained import NotCalibratedError as NotCalibratedError
 from .pretrained import SpinPreTrainedModel
 from .quantization import is_quantized as is_quantized
-from .taps import Layout, Tap, TapError, attach, find_layout, model_device, record
+from .structure import find_layout
+from .taps import attach, model_device, record
 from .trust import CheckpointError as CheckpointError
 
 # Every module of the runtime is named above, since some versions of transformers copy from a self-contained folder only
@@ -97,10 +102,12 @@ class SpinModel(SpinPreTrainedModel):
             backbone = build_backbone(config)
         self.backbone = backbone
         self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
-        config.backbone_config = backbone.config
+        config.backbone_config = whole_config(backbone.config)
         if config.layout is None:
             config.layout = find_layout(backbone).to_dict()
         self.layout = Layout.from_dict(config.layout)
+        self._form = self.layout.form(backbone)
+        self._takes = frozenset(signature(type(backbone).forward).parameters)
         self.standardizer = Standardizer(config.num_features)
         self.groups: list[tuple[Tap, list[tuple[str, int, int]]]] = []
         self._hooks: list[Any] = []
@@ -151,7 +158,7 @@ class SpinModel(SpinPreTrainedModel):
         standardizer.mean.copy_(mean)
         standardizer.scale.copy_(scale)
         self.standardizer = standardizer.to(model_device(self.backbone))
-        self.config.backbone_config = self.backbone.config
+        self.config.backbone_config = whole_config(self.backbone.config)
         self.install_hooks()
 
     def install_hooks(self) -> None:
@@ -213,17 +220,31 @@ class SpinModel(SpinPreTrainedModel):
                 "This model was never calibrated, so it has nothing to predict with. "
                 "Call spin_calibrate(model, tokenizer, train_dataset) first, or load a calibrated checkpoint."
             )
-        pooled: dict[Tap, list[Tensor]] = {}
-        parts_of = dict(self.groups)
-        mask, (input_ids, token_type_ids, position_ids, inputs_embeds) = align_left(
+        mask, inputs = align_left(
             self.token_mask(input_ids, attention_mask, inputs_embeds),
             input_ids,
             token_type_ids,
             position_ids,
             inputs_embeds,
         )
+        if self.config.batching == "padded" or len(mask) == 1:
+            features = self._read(mask, *inputs, **kwargs)
+        else:
+            found, numbers = [], []
+            for rows, length in split_rows(mask, self.config.batching):
+                part = [None if given is None else given[rows.to(given.device), :length] for given in inputs]
+                found.append(self._read(mask[rows, :length], *part, **kwargs))
+                numbers.append(rows)
+            features = torch.cat(found)[torch.cat(numbers).argsort().to(found[0].device)]
+        if not _wants_dict(return_dict, self.config):
+            return (features,)
+        return SpinModelOutput(features=features)
 
-        learns = torch.is_grad_enabled() and self._needs_gradient(inputs_embeds)
+    def _read(self, mask: Tensor, *inputs: Tensor | None, **kwargs: Any) -> Tensor:
+        """The features of a right-padded batch, by one forward of the backbone."""
+        pooled: dict[Tap, list[Tensor]] = {}
+        parts_of = dict(self.groups)
+        learns = torch.is_grad_enabled() and self._needs_gradient(inputs[-1])
 
         def read(tap: Tap, values: Tensor) -> None:
             if learns and not torch.is_grad_enabled():
@@ -238,13 +259,17 @@ class SpinModel(SpinPreTrainedModel):
                     kept = values.index_select(-1, neurons)
                     pooled[tap].append(pool(kept, mask, [pooling])[:, 0].to(self.standardizer.mean.device))
 
-        with record(list(parts_of), read):
-            self.run_backbone(input_ids, mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        with self.recording(list(parts_of), read, mask):
+            self.run_backbone(inputs[0], mask, *inputs[1:], **kwargs)
         with torch.autocast(self.standardizer.mean.device.type, enabled=False):
-            features = self.standardizer(torch.cat([part for tap, _ in self.groups for part in pooled[tap]], 1))
-        if not _wants_dict(return_dict, self.config):
-            return (features,)
-        return SpinModelOutput(features=features)
+            features: Tensor = self.standardizer(torch.cat([part for tap, _ in self.groups for part in pooled[tap]], 1))
+        return features
+
+    def recording(
+        self, taps: Sequence[Tap], read: Callable[[Tap, Tensor], None], mask: Tensor
+    ) -> AbstractContextManager[None]:
+        """:func:`record` the taps of a forward of this backbone, with this mask ``(batch, tokens)``."""
+        return record(taps, read, shape=(mask.shape[0], mask.shape[1]), form=self._form)
 
     def token_mask(self, input_ids: Tensor | None, attention_mask: Tensor | None, embeds: Tensor | None) -> Tensor:
         """The mask ``(batch, tokens)``; all ones, with one warning, where none was given."""
@@ -273,12 +298,23 @@ class SpinModel(SpinPreTrainedModel):
         """One forward of the backbone for its side effects on the taps; nothing of its output is kept."""
         optional = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         inputs: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
+        takes = self._takes
         if input_ids is not None:
             inputs["input_ids"] = input_ids
-        if getattr(self.backbone.config, "use_cache", None):
+        if "use_cache" in takes or getattr(self.backbone.config, "use_cache", None):
             inputs["use_cache"] = False
+        if "attention_mask" in takes or "input_ids" not in takes:  # FNet takes none; some wrappers take what comes
+            inputs["attention_mask"] = mask
+        if "token_type_ids" in inputs and not {"token_type_ids", "kwargs"} & takes:
+            del inputs["token_type_ids"]  # some tokenizers make them for models that have no use for them
+        if self.layout.decoder is not None:
+            if input_ids is None:
+                raise ValueError('With stacks="both" the decoder reads token ids too: give input_ids.')
+            inputs["decoder_input_ids"] = shifted_right(input_ids, mask, self.backbone.config)
+            if "decoder_attention_mask" in takes:
+                inputs["decoder_attention_mask"] = mask
         with nullcontext() if self._needs_gradient(inputs_embeds) else torch.no_grad():
-            self.backbone(attention_mask=mask, **inputs, **kwargs)
+            self.backbone(**inputs, **kwargs)
 
     # -- what is trained ----------------------------------------------------------------------------------------------
 
@@ -351,6 +387,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         problem_type: str | None = None,
         blocks: str | None = None,
         ffn: str | None = None,
+        stacks: Stacks = "encoder",
         **kwargs: Any,
     ) -> SpinForSequenceClassification:
         """Wrap a pretrained model. The only place that downloads.
@@ -364,6 +401,9 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
                 ``"regression"``.
             blocks: dotted name of the backbone's block list, where it can't be found by structure.
             ffn: dotted name of the FFN's down projection inside a block, likewise.
+            stacks: of an encoder-decoder the ``"encoder"`` alone, or ``"both"``: then the decoder's blocks count on
+                after the encoder's. It reads the same tokens, shifted to the right behind its start token, as the
+                classification heads that transformers has for such models (BART, T5) feed it.
             **kwargs: for ``AutoModel.from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``,
                 ``quantization_config``, ``revision``, ``trust_remote_code`` and so on.
 
@@ -388,18 +428,20 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
             source = getattr(backbone, "name_or_path", "") or None
             revision = getattr(model.config, "_commit_hash", None)
         else:
-            model, source = load_backbone(str(backbone), kwargs), str(backbone)
+            model, source = load_backbone(str(backbone), kwargs, stacks), str(backbone)
             revision = pinned_revision(source, kwargs)
         if isinstance(model, SpinPreTrainedModel):
             raise ValueError(f"{source or type(model).__name__} is a SPIN model already; load it with from_pretrained.")
-        check_rebuilds(model)
+        if isinstance(model, PreTrainedModel):
+            model = text_part(model, stacks)
+        check_rebuilds(model, stacks)
         if source is not None and os.path.isdir(source):
             source = os.path.abspath(source)  # elsewhere a relative path could be taken for a Hub id
         config = SpinConfig(
-            backbone_config=model.config,
+            backbone_config=whole_config(model.config),
             backbone_id=source,
             backbone_revision=revision,
-            layout=find_layout(model, blocks=blocks, ffn=ffn).to_dict(),
+            layout=find_layout(model, blocks=blocks, ffn=ffn, stacks=stacks).to_dict(),
             id2label=dict(enumerate(names)),
             label2id={name: index for index, name in enumerate(names)},
             problem_type=problem_type,

@@ -12,6 +12,10 @@ Pooling = Literal["first", "last", "mean", "max"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
+class PositionsError(ValueError):
+    """The backbone works on another number of positions than there are tokens, and some of the tokens are padding."""
+
+
 def pool(values: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:
     """Reduce token values to one number per neuron, once for each pooling.
 
@@ -25,8 +29,17 @@ def pool(values: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:
 
     Raises:
         ValueError: for an unknown pooling.
+        PositionsError: where the number of positions is not that of tokens, unless all of these are real; then all
+            positions are pooled.
     """
     mask = mask.to(device=values.device, dtype=torch.bool)
+    if values.shape[1] != mask.shape[1]:
+        if not mask.all():
+            raise PositionsError(
+                f"{mask.shape[1]} tokens became {values.shape[1]} positions, so that padding can't be told apart. "
+                "Give texts of one length, or one at a time."
+            )
+        mask = mask.new_ones(values.shape[:2])
     columns = [_pool_one(values, mask, name) for name in poolings]
     return torch.stack(columns, 1).masked_fill(~mask.any(1)[:, None, None], 0.0)
 

@@ -63,6 +63,11 @@ class SpinPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Gates):
             module.open()
 
+    def is_custom_code(self) -> bool:
+        """Of these two the backbone is the one with weights and buffers that transformers may have to make."""
+        custom: bool = type(self._backbone).is_custom_code()
+        return custom
+
     # -- loading ------------------------------------------------------------------------------------------------------
 
     @classmethod

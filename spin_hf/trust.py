@@ -61,7 +61,7 @@ def check_size(model: nn.Module) -> None:
 
 
 _CLASS_REFERENCE = re.compile(r"([\w-][\w.-]*(/[\w-][\w.-]*)?--)?[\w-]+\.\w+")
-_MODULE_COUNT = re.compile(r"(layers?|blocks|groups|experts|stages|heads?)$")
+_MODULE_COUNT = re.compile(r"(layers|blocks|groups|experts|stages|heads|(^|_)n_(layer|head))$")
 _MOST_MODULES, _MOST_LABELS, _MOST_NEURONS = 10_000, 1_000_000, 2**24
 
 
@@ -124,15 +124,19 @@ def checked_layout(values: Any) -> dict[str, Any] | None:
     """``SpinConfig.layout``. Raises :class:`CheckpointError` for one of another shape."""
     if values is None:
         return None
-    calls = values.get("calls", 1) if isinstance(values, Mapping) else None
-    whole = isinstance(values, Mapping) and isinstance(values.get("blocks"), str)
-    names = [values.get(name) for name in ("ffn", "norm")] if whole else [0]
-    if not all(name is None or isinstance(name, str) for name in names) or type(calls) is not int or calls < 1:
+    if not isinstance(values, Mapping) or not isinstance(values.get("blocks"), str) or not _names_fit(values):
         raise CheckpointError(
             "`layout` should look like {'blocks': 'layers', 'ffn': 'mlp.down_proj', 'norm': 'norm', 'calls': 1}; got "
             f"{values}."
         )
-    return {"ffn": None, "norm": None, **values}
+    found = {"ffn": None, "norm": None, **values}
+    return found if found.get("decoder") is None else {**found, "decoder": checked_layout(found["decoder"])}
+
+
+def _names_fit(values: Mapping[str, Any]) -> bool:
+    ffn, norm, calls = values.get("ffn"), values.get("norm"), values.get("calls", 1)
+    names = [norm, values.get("entry"), *(ffn if isinstance(ffn, (list, tuple)) else [ffn])]
+    return all(name is None or isinstance(name, str) for name in names) and type(calls) is int and calls >= 1
 
 
 def checked_features(entries: Any) -> list[dict[str, Any]]:

@@ -4,10 +4,13 @@ import pytest
 import torch
 import transformers as hf
 from builders import CONFIGS, calibrated, make_backbone, make_batch
+from census.checks import make_model
+from census.population import needs
 
-from spin_hf import TapError
-from spin_hf.depth import shorten_config, truncate
-from spin_hf.taps import find_layout
+from spin_hf import SpinForSequenceClassification, TapError, spin_calibrate
+from spin_hf.calibration.errors import CalibrationError
+from spin_hf.depth import nearest_depth, shortened, truncate, why_whole
+from spin_hf.structure import find_layout
 
 DEPTHS = [(name, depth) for name in CONFIGS for depth in range(1, CONFIGS[name]().num_hidden_layers + 1)]
 
@@ -52,11 +55,11 @@ def test_lists_of_one_entry_per_block_are_cut(config):
     assert len(set(types)) == 2
     config.architectures = list("abcdef")
     config.eos_token_id = [1, 2, 3, 4, 5, 6]
-    shorten_config(config, 6, 4)
-    assert config.num_hidden_layers == 4
-    assert config.layer_types == types[:4]
-    assert config.architectures == list("abcdef")
-    assert len(config.eos_token_id) == 6
+    values = shortened(config.to_dict(), 6, 4)
+    assert values["num_hidden_layers"] == 4
+    assert values["layer_types"] == types[:4]
+    assert values["architectures"] == list("abcdef")
+    assert len(values["eos_token_id"]) == 6
 
 
 def test_all_blocks_change_nothing(bert_backbone):
@@ -93,3 +96,81 @@ def test_groups_of_shared_modules_leave_the_backbone_whole():
     uneven = make_backbone("albert", num_hidden_layers=3, num_hidden_groups=2)
     with pytest.raises(TapError, match="3 blocks over 2 groups"):
         find_layout(uneven)
+
+
+# -- configs and weights that depend on the number of blocks -----------------------------------------------------------
+
+
+def test_weights_with_a_part_for_each_block_are_cut():
+    backbone = make_model("gemma3n_text")
+    before = backbone.embed_tokens_per_layer.weight.clone()
+    each = before.shape[1] // 4
+    truncate(backbone, find_layout(backbone), 3)
+    assert torch.equal(backbone.embed_tokens_per_layer.weight, before[:, : 3 * each])
+    assert backbone.embed_tokens_per_layer.embedding_dim == 3 * each
+    assert (backbone.config.num_hidden_layers, backbone.config.num_kv_shared_layers) == (3, 1)
+    again = type(backbone)(type(backbone.config).from_dict(backbone.config.to_dict()))
+    assert {name: t.shape for name, t in again.state_dict().items()} == {
+        name: t.shape for name, t in backbone.state_dict().items()
+    }
+
+
+def test_a_list_that_is_as_long_by_chance_stays():
+    config = hf.DebertaV2Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        relative_attention=True, pos_att_type=["p2c", "c2p"],
+    )  # fmt: skip
+    backbone = hf.DebertaV2Model(config).eval()
+    truncate(backbone, find_layout(backbone), 1)
+    assert (backbone.config.num_hidden_layers, backbone.config.pos_att_type) == (1, ["p2c", "c2p"])
+
+
+def test_lists_of_block_numbers_and_values_of_single_blocks():
+    values = {
+        "num_hidden_layers": 4, "mlp_only_layers": [0, 2, 3], "hybrid_layer_ids": [1, 3], "mrope_section": [1, 2, 3, 4],
+        "per_layer_config": {"1": {"sliding_window": 4}, 3: {"sliding_window": 8}}, "num_kv_shared_layers": 1,
+    }  # fmt: skip
+    assert shortened(values, 4, 2) == {
+        "num_hidden_layers": 2, "mlp_only_layers": [0], "hybrid_layer_ids": [1], "mrope_section": [1, 2, 3, 4],
+        "per_layer_config": {"1": {"sliding_window": 4}}, "num_kv_shared_layers": 0,
+    }  # fmt: skip
+    assert shortened(values, 4, 2, anything=True)["mrope_section"] == [1, 2]
+
+
+def test_lists_beside_each_other_are_all_cut():
+    backbone = make_model("xlm")
+    truncate(backbone, find_layout(backbone), 2)
+    assert {len(getattr(backbone, name)) for name in ("attentions", "layer_norm1", "ffns", "layer_norm2")} == {2}
+    assert backbone.n_layers == 2
+
+
+@needs("gemma4_text")
+def test_depths_at_which_a_block_would_be_another_one_are_passed_over(tokenizer, sentiment_rows):
+    backbone = make_model("gemma4_text")  # its last block always has full attention, here the second and the fourth
+    layout = find_layout(backbone)
+    assert "layers.0.self_attn" in why_whole(backbone, layout, 1)
+    assert why_whole(backbone, layout, 2) is None
+    assert [nearest_depth(backbone, layout, depth) for depth in (1, 2, 3, 4)] == [2, 2, 4, 4]
+    with pytest.raises(ValueError, match=r"built with layers.0.self_attn.*depths=\[4\]"):
+        truncate(backbone, layout, 1)
+    assert len(backbone.layers) == 4
+    model = SpinForSequenceClassification.from_backbone(backbone)
+    with pytest.raises(CalibrationError, match="or choose others than 3"):
+        spin_calibrate(model, tokenizer, sentiment_rows, depths=[3], progress=False)
+    result = spin_calibrate(model, tokenizer, sentiment_rows, Cs=2, etas=(0.5,), progress=False, prefer="compact")
+    assert model.spin.depth == result.chosen.depth
+    assert model.spin.depth in (2, 4)
+
+
+@needs("minicpm3")
+def test_blocks_that_are_scaled_by_their_number_are_kept():
+    backbone = make_model("minicpm3")
+    assert "residual_scale" in why_whole(backbone, find_layout(backbone), 2)
+
+
+def test_a_setting_that_changed_since_a_block_was_made_is_no_reason():
+    backbone = make_model("big_bird")
+    with torch.no_grad():
+        backbone(**make_batch())  # short texts turn its sparse attention off
+    assert backbone.encoder.layer[0].attention_type == "original_full"
+    assert why_whole(backbone, find_layout(backbone), 2) is None

@@ -110,6 +110,15 @@ def test_lora(run, tmp_path):
     is_shared(tmp_path / "out", "spin_hf demo messages")
 
 
+def test_adaptation_table(run, tmp_path):
+    methods = ("SPIN", "SPIN, head trained", "LoRA, native head")
+    options = ("--rows", 40, "--seeds", 0, "--results", tmp_path / "results.jsonl")
+    run("adaptation_table.py", *options, "--methods", *methods, data="sst2")
+    table = run("adaptation_table.py", *options, "--show").splitlines()
+    assert [line.split(" | ")[1] for line in table[2:]] == list(methods)
+    assert all(numbers(line.split(" | ")[2]) for line in table[2:])
+
+
 def test_multi_label(run, tmp_path):
     shown = run("multi_label.py", "--rows", 150, "--out", tmp_path / "out", data="go_emotions")
     assert numbers(lines_of(shown, "Test, 150 texts")[0])

@@ -274,8 +274,8 @@ def test_backbones_that_could_not_be_loaded_again(tmp_path, bert_backbone):
         SpinForSequenceClassification.from_backbone(hf.BertForSequenceClassification(CONFIGS["bert"]()))
     with pytest.raises(ValueError, match="here as T5EncoderModel.*with a T5Stack"):
         SpinForSequenceClassification.from_backbone(make_backbone("t5").encoder)
-    with pytest.raises(ValueError, match="'bart' is an encoder-decoder"):
-        SpinForSequenceClassification.from_backbone(hf.BartModel(hf.BartConfig(d_model=16, encoder_layers=1)).encoder)
+    with pytest.raises(ValueError, match="here as BartEncoder.*with a BartDecoder"):
+        SpinForSequenceClassification.from_backbone(hf.BartModel(hf.BartConfig(d_model=16, decoder_layers=1)).decoder)
     model = calibrated(bert_backbone)
     model.save_pretrained(tmp_path)
     for spin in (model.spin, model, str(tmp_path)):

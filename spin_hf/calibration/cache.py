@@ -119,6 +119,17 @@ def clear_store(store: CachedStore) -> None:
         shutil.rmtree(store.folder)
 
 
+def remembered(cache_dir: str | Path | None, key: str) -> dict[str, Any]:
+    """What an earlier calibration of this key noted about itself; nothing where there was none."""
+    if cache_dir is None:
+        return {}
+    try:
+        about: dict[str, Any] = json.loads((Path(cache_dir) / key[:32] / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about
+
+
 def _folder(cache_dir: str | Path | None, key: str, held: ExitStack) -> Path:
     try:
         if cache_dir is None:

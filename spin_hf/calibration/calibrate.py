@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,16 +12,18 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..depth import why_whole
+from ..depth import nearest_depth, why_whole
 from ..modeling_spin import SpinForSequenceClassification
+from ..structure import has_routed_experts
 from ..taps import Tap, model_device, tap_width
-from .cache import open_store
+from .cache import open_store, remembered
 from .errors import CalibrationError, demand_between, demand_whole
 from .extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
 from .fingerprint import tokenizer_fingerprint
 from .fits import Fits
 from .folds import check_sample_weight, prepare
 from .heads import HeadFitter
+from .independence import find_batching
 from .probes import Labelled, probe_bytes
 from .progress import Clock, shown
 from .ranks import Ranks, ending_together
@@ -163,15 +165,17 @@ def spin_calibrate(
     data = Labelled(task, labels, task.targets(labels), row_weights, prepared.folds, refit)
     taps = [tap for tap in model.spin.taps if tap.block <= tried_depths[-1] and _wanted(tap, recipe)]
     if not taps:
+        spin = model.spin
+        experts = has_routed_experts(spin.backbone, spin.layout)
         raise CalibrationError(
-            f"No tap of kind {', '.join(recipe.kinds)} was found in {type(model.spin.backbone).__name__}. "
-            'Use kinds=["hidden"], or name the down projection with ffn="..." in from_backbone.'
+            f"No tap of kind {', '.join(recipe.kinds)} was found in {type(spin.backbone).__name__}. "
+            + ("Its FFNs are routed experts, of which no module sees every token. " if experts else "")
+            + 'Use kinds=["hidden"], or name the down projection with ffn="..." in from_backbone.'
         )
     with shown(progress and ranks.main) as show:
         with clock("tokenize"):
             limit = _token_limit(max_length, tokenizer, model)
             encoded = encode(tokenizer, rows.texts, rows.pairs, limit)
-            batches = plan_batches(encoded.lengths, batch_tokens)
         last = model.spin.taps[-1]  # also where no candidate may use it: the baseline is what a usual classifier reads
         read = taps if last in taps else [*taps, last]
         widths = {tap: tap_width(model.spin.backbone, model.spin.layout, tap) for tap in read}
@@ -188,14 +192,20 @@ def spin_calibrate(
             "The processes of this launch don't hold the same backbone, texts, labels and options. Load and shuffle "
             "alike in all of them, with a seed.",
         )
+        pad = int(tokenizer.pad_token_id)
+        with clock("extract"):
+            known = remembered(cache_dir, key).get("batching") if ranks.main else None
+            find = partial(find_batching, model.spin, read, encoded.input_ids, pad)
+            model.config.batching = ranks.on_main(lambda: known or find())
+        batches = plan_batches(encoded.lengths, batch_tokens, model.config.batching)
         about = {"backbone": model.config.backbone_id, "texts": len(rows), "tokens": sum(encoded.lengths)}
+        about["batching"] = model.config.batching
         with open_store(
             cache_dir, key=key, ranks=ranks, widths=widths, poolings=recipe.poolings, batches=batches, about=about
         ) as (store, missing):
             with clock("extract"), show.bar("Reading the backbone", sum(encoded.lengths)) as advance, ranks.together():
                 advance(sum(encoded.lengths) - sum(encoded.lengths[row] for i in missing for row in batches[i]))
-                mine, pad = ranks.share(missing), int(tokenizer.pad_token_id)
-                extract(model.spin, encoded, store, mine, pad, ranks.counted(advance))
+                extract(model.spin, encoded, store, ranks.share(missing), pad, ranks.counted(advance))
             device = _solver_device(model)
             fits = Fits(None, device)
             if cache_dir is not None and not callable(metric):
@@ -208,7 +218,8 @@ def spin_calibrate(
                 choose = partial(conclude, fitter, tried, probes, prefer=prefer, tol=tol, seed=seed, last=last)
                 choice = ranks.on_main(choose)
     final, confidence = choice.final, choice.confidence
-    model.spin.set_features(final.groups, final.mean, final.scale, depth=final.candidate.depth)
+    depth = nearest_depth(model.spin.backbone, model.spin.layout, final.candidate.depth)
+    model.spin.set_features(final.groups, final.mean, final.scale, depth=depth)
     model.spin.remember_backbone()
     model.set_head(*task.as_logits(final.weight, final.intercept))
     model.config.logit_temperature = 1.0 if confidence is None else confidence.temperature
@@ -216,7 +227,7 @@ def spin_calibrate(
     _write_config(model, task, class_weights, limit, tokenizer)
     everything = [probe for ranked in probes for probe in ranked]
     return CalibrationResult(
-        chosen=final.candidate,
+        chosen=replace(final.candidate, depth=depth),
         best=choice.best,
         candidates=choice.candidates,
         baselines=choice.baselines,
@@ -310,15 +321,17 @@ def _token_limit(
 
 
 def _depths(model: SpinForSequenceClassification, recipe: Recipe, *, whole: bool) -> list[int]:
-    """Depths to try; only the whole where nothing else was asked for and the backbone can't be cut."""
-    blocks, reason = model.spin.depth, why_whole(model.spin.backbone, model.spin.layout)
-    chosen = recipe.depths is not None or recipe.max_depth is not None
-    if whole or (reason and not chosen):
+    """Depths to try; without those that the backbone can't be cut to, where nothing else was asked for."""
+    spin, blocks = model.spin, model.spin.depth
+    if whole:
         return [blocks]
     found = recipe.depths_of(blocks)
-    if reason and found != [blocks]:
-        raise CalibrationError(f"{reason} Leave depths and max_depth out.")
-    return found
+    reasons = {depth: why_whole(spin.backbone, spin.layout, depth) for depth in found if depth < blocks}
+    chosen = recipe.depths is not None or recipe.max_depth is not None
+    for depth, reason in reasons.items():
+        if reason and chosen:
+            raise CalibrationError(f"{reason} Leave depths and max_depth out, or choose others than {depth}.")
+    return [depth for depth in found if not reasons.get(depth)]
 
 
 def _wanted(tap: Tap, recipe: Recipe) -> bool:

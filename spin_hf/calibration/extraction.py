@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..modeling_spin import SpinForSequenceClassification, SpinModel
 from ..pooling import pool
-from ..taps import Tap, model_device, record
+from ..taps import Tap, model_device
 from .errors import EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
 from .fingerprint import vocabulary_of
 from .store import FORMAT, FeatureStore
@@ -101,15 +101,22 @@ def encode(
     return Encoded([row or [filler] for row in ids], types, max_length, truncated)
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], batch_tokens: int, batching: str = "padded") -> list[list[int]]:
     """Rows grouped by length, longest first, each batch within ``batch_tokens`` padded tokens (but at least one row).
+
+    Args:
+        lengths: tokens of each row.
+        batch_tokens: most padded tokens of a batch.
+        batching: see :mod:`spin_hf.batching`.
 
     A pure function of its arguments: resumed runs and other processes make the same batches, hence the same features.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
     for row in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+        longest = lengths[batches[-1][0]] if batches else 0
+        together = batching == "padded" or (batching == "equal_length" and longest == lengths[row])
+        if batches and together and (len(batches[-1]) + 1) * longest <= batch_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
@@ -168,7 +175,7 @@ def extract(
             def read(tap: Tap, values: Tensor, mask: Tensor = mask, pooled: dict[Tap, Tensor] = pooled) -> None:
                 pooled[tap] = pool(values, mask, store.poolings)
 
-            with record(taps, read):
+            with model.recording(taps, read, mask):
                 model.run_backbone(batch, mask, types)
             arrays = {tap: values.cpu().numpy() for tap, values in pooled.items()}
             for tap, array in arrays.items():
@@ -199,5 +206,8 @@ def _offloaded(backbone: nn.Module, name: str) -> Tensor:
 
 
 def _embedding_rows(model: SpinModel) -> int | None:
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # a backbone that embeds in a way of its own
+        return None
     return None if weight is None else int(weight.shape[0])

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..depth import why_whole
+from ..depth import nearest_depth
 from ..gates import Gates
 from ..modeling_spin import FeatureGroup, NotCalibratedError, SpinForSequenceClassification
 from ..taps import model_device
@@ -69,8 +69,9 @@ def prune_gates(model: SpinForSequenceClassification) -> int:
         start += len(group.neurons)
         if len(neurons):
             groups.append(FeatureGroup(group.tap, group.pooling, neurons))
-    whole = why_whole(spin.backbone, spin.layout) or any(group.tap.kind == "norm" for group in groups)
-    depth = spin.depth if whole else max(1, *(group.tap.block for group in groups))
+    depth = spin.depth
+    if not any(group.tap.kind == "norm" for group in groups):
+        depth = nearest_depth(spin.backbone, spin.layout, max(1, *(group.tap.block for group in groups)))
     there = spin.standardizer.mean.device
     mean, scale = spin.standardizer.mean[kept.to(there)], spin.standardizer.scale[kept.to(there)]
     weight, bias = (model.score.weight * values)[:, kept], model.score.bias
