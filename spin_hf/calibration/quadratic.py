@@ -22,6 +22,9 @@ class Quadratic:
         total: features of the whole problem, the intercept included.
         members: which of the ``(K, m)`` weights may move.
         joint: whether the columns form one problem.
+
+    Attributes:
+        fits: for each problem, whether the present curvature serves.
     """
 
     def __init__(self, features: Tensor, total: int, members: Tensor, *, joint: bool) -> None:
@@ -41,38 +44,46 @@ class Quadratic:
         if joint:
             places = (flat[0].cumsum(0) - 1).reshape(members.shape)[:, :-1]
             self.rings = places[:, members[:, :-1].all(0)].T
+        self.bound = self.gram.new_zeros(len(self.own))
+        self.fits = torch.zeros_like(self.bound, dtype=torch.bool)
         self.curvature = self.row_weights = torch.zeros(0)
-        self.fits = False
 
     def take_over(self, other: Quadratic, xt: Tensor) -> None:
-        """Begin with the curvature of another model of the same problem, where most of this one's weights are in it."""
-        if not other.fits:
-            return
+        """Begin with the curvature of another model of the same problems, for each that shares most of its weights."""
         place = torch.full((self.keys,), -1, device=xt.device)
-        for k, size in enumerate(self.sizes):
+        for k in other.fits.nonzero()[:, 0].tolist():
             place[other.key[k, : other.sizes[k]]] = torch.arange(other.sizes[k], device=xt.device)
-            if int((place[self.key[k, :size]] >= 0).sum()) < size / 2:
-                return
-        self.curvature, self.row_weights, self.fits = other.curvature, other.row_weights, True
-        for k, size in enumerate(self.sizes):
-            there = place[self.key[k, :size]]
-            old, new = (there >= 0).nonzero()[:, 0], (there < 0).nonzero()[:, 0]
+        shared = [(place[self.key[k, :size]] >= 0) for k, size in enumerate(self.sizes)]
+        problems = [k for k, size in enumerate(self.sizes) if bool(other.fits[k]) and int(shared[k].sum()) >= size / 2]
+        self.curvature, self.row_weights = other.curvature, other.row_weights
+        for k in problems:
+            there = place[self.key[k, : self.sizes[k]]]
+            old, new = shared[k].nonzero()[:, 0], (~shared[k]).nonzero()[:, 0]
             self.gram[k, old[:, None], old] = other.gram[k][there[old][:, None], there[old]]
             block = self._rows(xt, k, new)
-            self.gram[k, new, :size] = block
-            self.gram[k, :size, new] = block.T
-        self._settle()
+            self.gram[k, new, : self.sizes[k]] = block
+            self.gram[k, : self.sizes[k], new] = block.T
+        self._settle(problems)
 
-    def bend(self, xt: Tensor, loss: Loss, z: Tensor, s: Tensor) -> None:
-        """Take the curvature at these scores, if the present one does not serve."""
-        if self.fits:
+    def bend(self, xt: Tensor, loss: Loss, z: Tensor, s: Tensor, unsettled: Tensor) -> None:
+        """Take the curvature at these scores, for the unsettled ``(K,)`` columns whose present one does not serve."""
+        problems = [k for k in self._problems(unsettled) if not self.fits[k]]
+        if not problems:
             return
-        self.fits = True
         self.row_weights = s.to(xt.dtype)
-        self.curvature = (torch.softmax(z, 1) if self.joint else loss.curvature(z, s)).to(xt.dtype)
-        for k, size in enumerate(self.sizes):
+        curvature = (torch.softmax(z, 1) if self.joint else loss.curvature(z, s)).to(xt.dtype)
+        if self.joint or not len(self.curvature):
+            self.curvature = curvature
+        else:
+            self.curvature = self.curvature.clone()  # another model may have it too
+            self.curvature[:, problems] = curvature[:, problems]
+        for k in problems:
+            size = self.sizes[k]
             self.gram[k, :size, :size] = self._rows(xt, k, torch.arange(size, device=xt.device))
-        self._settle()
+        self._settle(problems)
+
+    def _problems(self, unsettled: Tensor) -> list[int]:
+        return [0] if self.joint else unsettled.nonzero()[:, 0].tolist()
 
     def _rows(self, xt: Tensor, k: int, which: Tensor) -> Tensor:
         """Rows of a problem's Gram matrix, ``(len(which), size)``."""
@@ -88,42 +99,68 @@ class Quadratic:
             rows[ours[:, None], mine] += (part[ours] @ xt[column[mine]].T).double()
         return rows
 
-    def _settle(self) -> None:
-        self.gram = (self.gram + self.gram.mT) / 2  # rounded to float32, the two halves differ
-        self.bound = _largest_eigenvalues(self.gram)
-        # More than the rounding of float32, so that it can be factorised; little beside any curvature that matters.
-        self.gram.diagonal(dim1=1, dim2=2).add_(3e-7 * self.bound[:, None])
+    def _settle(self, problems: list[int]) -> None:
+        self.fits[problems] = True
+        for k in problems:
+            gram = self.gram[k, : self.sizes[k], : self.sizes[k]]
+            gram.copy_((gram + gram.T) / 2)  # rounded to float32, the two halves differ
+            self.bound[k] = _largest_eigenvalue(gram)
+            # More than the rounding of float32, so that it can be factorised; little beside any curvature that matters.
+            gram.diagonal().add_(3e-7 * self.bound[k])
 
-    def move(self, slope: Tensor, penalties: Tensor, present: Tensor, accuracy: float) -> Tensor:
-        """The way ``(K, m)`` from ``present`` to where the model plus ``penalties * |weights|`` is least."""
+    def move(self, slope: Tensor, penalties: Tensor, present: Tensor, accuracy: float, unsettled: Tensor) -> Tensor:
+        """The way ``(K, m)`` from ``present`` to where the model plus ``penalties * |weights|`` is least.
+
+        Columns that are not open ``(K,)`` stay.
+        """
 
         def gather(values: Tensor) -> Tensor:
-            return values.reshape(len(self.own), -1).gather(1, self.own)
+            return values.reshape(len(self.own), -1).gather(1, self.own)[problems]
 
-        start = gather(present) * self.real
-        linear = _times(self.gram, start) + gather(slope) * self.real
-        found = _l1_quadratic(self.gram, linear, gather(penalties), self.bound, start, accuracy, self.rings)
-        move = torch.zeros_like(present).reshape(len(self.own), -1).scatter(1, self.own, found - start)
+        problems = self._problems(unsettled)
+        grams = Grams(self.gram, problems, self.sizes)
+        start = gather(present) * self.real[problems]
+        linear = grams.times(start) + gather(slope) * self.real[problems]
+        bound = self.bound[problems]
+        found = _l1_quadratic(grams, linear, gather(penalties), bound, start, accuracy, self.rings)
+        move = torch.zeros_like(present).reshape(len(self.own), -1)
+        move[problems] = move[problems].scatter(1, self.own[problems], found - start)
         return move.reshape(self.shape)
 
 
-def _times(gram: Tensor, v: Tensor) -> Tensor:
-    if gram.is_cuda:
-        return torch.bmm(gram, v[..., None])[..., 0]
-    return torch.stack([g @ row for g, row in zip(gram, v, strict=True)])  # several times faster than bmm on a CPU
+class Grams:
+    """Some of a padded batch ``(b, m, m)`` of Gram matrices, each to be multiplied with a vector of its own."""
+
+    def __init__(self, padded: Tensor, which: list[int], sizes: list[int]) -> None:
+        self.padded, self.which, self.sizes = padded, which, sizes
+        self.stacked = padded[which] if padded.is_cuda else padded
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.padded[self.which[i]]
+
+    def only(self, rows: list[int]) -> Grams:
+        return Grams(self.padded, [self.which[i] for i in rows], self.sizes)
+
+    def times(self, v: Tensor) -> Tensor:
+        if v.is_cuda:
+            return torch.bmm(self.stacked, v[..., None])[..., 0]
+        product = torch.zeros_like(v)  # one by one, without the padding: several times faster than bmm on a CPU
+        for row, k in enumerate(self.which):
+            size = self.sizes[k]
+            torch.mv(self.padded[k, :size, :size], v[row, :size], out=product[row, :size])
+        return product
 
 
-def _largest_eigenvalues(gram: Tensor, rounds: int = 20) -> Tensor:
-    heaviest = gram.square().sum(2).argmax(1)
-    v = gram[torch.arange(len(gram), device=gram.device), heaviest]
+def _largest_eigenvalue(gram: Tensor, rounds: int = 20) -> Tensor:
+    v = gram[gram.square().sum(1).argmax()]
     for _ in range(rounds):
-        v = _times(gram, v / v.norm(dim=1, keepdim=True).clamp_min(1e-30))
-    largest: Tensor = 1.05 * v.norm(dim=1)
+        v = gram @ (v / v.norm().clamp_min(1e-30))
+    largest: Tensor = 1.05 * v.norm()
     return largest
 
 
 def _l1_quadratic(
-    gram: Tensor,
+    grams: Grams,
     linear: Tensor,
     penalties: Tensor,
     bound: Tensor,
@@ -134,35 +171,36 @@ def _l1_quadratic(
 ) -> Tensor:
     """Minimise ``<v, gram v> / 2 - <linear, v> + sum penalties |v|`` until no coordinate's slope is off by more.
 
-    A batch of them, one in each row. FISTA finds the signs, an exact solve on the support finds the values: each is
-    slow where the other is quick. ``rings`` ``(r, K)`` are coordinates of a joint problem that change nothing but the
-    penalty when they move together: such a direction has no exact solution until one of them is at zero, where the
-    penalty wants their median.
+    A batch of them, one in each row; one that is done leaves the batch. FISTA finds the signs, an exact solve on the
+    support finds the values: each is slow where the other is quick. ``rings`` ``(r, K)`` are coordinates of a joint
+    problem that change nothing but the penalty when they move together: such a direction has no exact solution until
+    one of them is at zero, where the penalty wants their median.
     """
 
     def objective(v: Tensor) -> Tensor:
-        return (v * (_times(gram, v) / 2 - linear) + penalties * v.abs()).sum(1, keepdim=True)
+        return (v * (grams.times(v) / 2 - linear) + penalties * v.abs()).sum(1, keepdim=True)
 
+    found, left = start.clone(), torch.arange(len(start), device=start.device)
     bound = bound[:, None].clamp_min(1e-30)
     threshold = penalties / bound
     v, u, momentum = start, start, torch.ones_like(bound)
     lowest = torch.full_like(bound, torch.inf)
     for i in range(1, limit + 1):
-        w = u + (linear - _times(gram, u)) / bound
+        w = u + (linear - grams.times(u)) / bound
         w = w.sign() * (w.abs() - threshold).clamp_min(0)
-        if i % 10 == 0 and float(((w - u).abs() * bound).max()) <= accuracy:
-            return w
+        done = left.new_zeros(len(left), dtype=torch.bool)
+        if i % 10 == 0:
+            done = ((w - u).abs() * bound).amax(1) <= accuracy
         if i % _STEPS_PER_SOLVE == 0:
             w[:, rings] -= w[:, rings].median(2, keepdim=True).values
-            toward, value = _minimise_on_support(gram, linear, penalties, w) - w, objective(w)
+            toward, value = _minimise_on_support(grams, linear, penalties, w) - w, objective(w)
             v = w
             for length in (1.0, 0.3, 0.1):
                 trial = w + length * toward
                 trial = torch.where((trial * w > 0) | (penalties == 0), trial, torch.zeros_like(trial))
                 tried = objective(trial)
                 v, value = torch.where(tried < value, trial, v), torch.minimum(tried, value)
-            if bool((value >= lowest - 1e-12 * lowest.abs()).all()):
-                return v  # as good as float64 can tell
+            done = done | (value >= lowest - 1e-12 * lowest.abs())[:, 0]  # as good as float64 can tell
             u, lowest, momentum = v, value, torch.ones_like(bound)
         else:
             if i % 10 == 0:
@@ -170,15 +208,24 @@ def _l1_quadratic(
             following = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
             u = w + (momentum - 1) / following * (w - v)
             v, momentum = w, following
-    return v
+        if i % 10 == 0 and bool(done.any()):
+            found[left[done]] = v[done]
+            rest = ~done
+            if not rest.any():
+                return found
+            left, grams = left[rest], grams.only(rest.nonzero()[:, 0].tolist())
+            linear, penalties, bound, threshold = linear[rest], penalties[rest], bound[rest], threshold[rest]
+            v, u, momentum, lowest = v[rest], u[rest], momentum[rest], lowest[rest]
+    found[left] = v
+    return found
 
 
-def _minimise_on_support(gram: Tensor, linear: Tensor, penalties: Tensor, v: Tensor) -> Tensor:
+def _minimise_on_support(grams: Grams, linear: Tensor, penalties: Tensor, v: Tensor) -> Tensor:
     """For each row, the minimiser among vectors with the support of ``v``, its signs taken as given."""
     exact = v.clone()
     for k, row in enumerate(v):
         support = row.nonzero()[:, 0]
-        factor, failed = torch.linalg.cholesky_ex(gram[k][support[:, None], support])
+        factor, failed = torch.linalg.cholesky_ex(grams[k][support[:, None], support])
         if failed == 0:
             right = linear[k, support] - penalties[k, support] * row[support].sign()
             exact[k, support] = torch.cholesky_solve(right[:, None], factor)[:, 0]

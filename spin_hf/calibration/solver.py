@@ -197,13 +197,16 @@ class _Problem:
                 break
             active, last_gap = grown, gap
             # A set that is not final need not be solved far beyond what is missing outside it.
-            steps += self._solve_on(active, penalty, max(tol / 2, gap / 10), max_steps - steps)
+            steps += self._solve_on(active, penalty, gaps > tol, max(tol / 2, gap / 10), max_steps - steps)
             gradient = self.gradient()
         value = float(objective[0] if self.loss.coupled else objective.sum())
         return PathPoint(C, self.weight.T.clone(), self.intercept.to(self.xt.dtype), value, gap, steps, gap <= tol)
 
-    def _solve_on(self, active: Tensor, penalty: float, tol: float, max_steps: int) -> int:
-        """Proximal Newton on the active weights, intercepts included, to a relative gap of ``tol`` on those weights."""
+    def _solve_on(self, active: Tensor, penalty: float, unsettled: Tensor, tol: float, max_steps: int) -> int:
+        """Proximal Newton on the active weights, intercepts included, to a relative gap of ``tol`` on those weights.
+
+        Only the unsettled ``(K,)`` columns move, until each is settled.
+        """
         union = active.any(1).nonzero()[:, 0]
         xt = torch.cat([self.xt[union], self.xt.new_ones(1, self.xt.shape[1])])
         factors = self.factors[union, None]
@@ -212,33 +215,35 @@ class _Problem:
         present = torch.cat([self.weight[union].double(), self.intercept[None]]).T
         parts = self._quadratics(xt, torch.nn.functional.pad(union, (0, 1), value=len(self.xt)), members)
         accuracy, least = 0.1, float(factors.min()) if len(factors) else 1.0
-        gap = lowest = float("inf")
+        gaps, lowest = torch.full_like(self.intercept, torch.inf), float("inf")
         since_lowest = 0
         for step in range(1, max_steps + 1):
             stood = True
             for part in parts:
                 z = self.scores + self.intercept
-                part.bend(xt, self.loss, z, self.s)
+                part.bend(xt, self.loss, z, self.s, unsettled)
                 slope = (xt @ self.residual().to(xt.dtype)).double().T
-                move = part.move(slope, penalties, present, accuracy * penalty * least)
+                move = part.move(slope, penalties, present, accuracy * penalty * least, unsettled)
                 promised = (penalties * ((present + move).abs() - present.abs()) - slope * move).sum(1)
                 shift = (move.to(xt.dtype) @ xt).double().T
                 length = self._line_search(z, shift, present, move, penalties, promised)
                 present = present + length[:, None] * move
-                part.fits = bool((length == 1.0).all())
-                stood = stood and bool((length == 0.0).all())
+                part.fits &= (length == 1.0)[: len(part.fits)]
+                stood = stood and bool((length[unsettled] == 0.0).all())
                 self.intercept = present[:, -1]
                 self.scores = z + length * shift - self.intercept
                 self.balance()
                 present[:, -1] = self.intercept
             self.weight[union] = present[:, :-1].T.to(xt.dtype)
             gradient = xt[:-1] @ self.residual().to(xt.dtype) / factors
-            last, gap = gap, float(self.relative_gaps(gradient * members[:, :-1].T, penalty)[1].max())
+            last, gaps = gaps, self.relative_gaps(gradient * members[:, :-1].T, penalty)[1]
+            gap = float(gaps[unsettled].max())
             lowest, since_lowest = (gap, 0) if gap < 0.9 * lowest else (lowest, since_lowest + 1)
             if gap <= tol or stood or since_lowest >= _PATIENCE:
                 return step
+            unsettled = unsettled & (gaps > tol)
             for part in parts:
-                part.fits = part.fits and gap <= _CONTRACTION * last
+                part.fits &= (~unsettled | (gaps <= _CONTRACTION * last))[: len(part.fits)]
             accuracy = max(min(accuracy / 2, 0.1 * gap**0.5), 0.1 * tol)
         return max_steps
 
@@ -252,7 +257,8 @@ class _Problem:
             for i in part.unique()
         ]
         for quadratic, last in zip(parts, self.last, strict=False):
-            quadratic.take_over(last, xt)
+            if bool(last.fits.any()):
+                quadratic.take_over(last, xt)
         self.last = parts
         return parts
 
