@@ -53,23 +53,29 @@ def find_layout(
             for stack in (backbone.get_encoder(), backbone.get_decoder())  # type: ignore[operator]
         )
         return replace(encoder, decoder=decoder)
-    layout = Layout(blocks, None, None) if blocks else _find_blocks(backbone)
+    layout = Layout(blocks, None, None) if blocks is not None else _find_blocks(backbone)
     if layout.entry is not None:
         return replace(layout, norm=_final_norm(backbone, layout.blocks), ffn=ffn or layout.ffn)
     modules = list(layout.module_list(backbone))
     layout = replace(layout, norm=_final_norm(backbone, layout.blocks), calls=_calls_in_a_row(backbone, layout))
     if ffn is not None:
-        try:
-            modules[0].get_submodule(ffn)
-        except AttributeError:
-            candidates = [name for name, module in modules[0].named_modules() if shape_of(module)]
-            raise TapError(
-                f"The blocks of {type(backbone).__name__} have no module {ffn!r}. "
-                f'Linear layers in a block: {", ".join(candidates)}. Name one of them with ffn="...".'
-            ) from None
+        _check_ffn(backbone, modules, ffn)
         return replace(layout, ffn=ffn)
     found = tuple(_find_ffn(module, layout.hidden_size(backbone)) for module in modules)
     return replace(layout, ffn=found[0] if len(set(found)) == 1 else found)
+
+
+def _check_ffn(backbone: nn.Module, blocks: list[nn.Module], ffn: str) -> None:
+    """Refuse a down projection named by hand that no block has, or that is no linear layer in one that has it."""
+    named = [module for block in blocks for name, module in block.named_modules() if name == ffn]
+    if named and all(shape_of(module) for module in named):
+        return
+    candidates = dict.fromkeys(name for block in blocks for name, module in block.named_modules() if shape_of(module))
+    problem = f"have a {type(named[0]).__name__} at {ffn!r}, no linear layer" if named else f"have no module {ffn!r}"
+    raise TapError(
+        f"The blocks of {type(backbone).__name__} {problem}. "
+        f'Linear layers in a block: {", ".join(candidates)}. Name one of them with ffn="...".'
+    )
 
 
 def _find_blocks(backbone: nn.Module, inside: str = "") -> Layout:

@@ -171,3 +171,19 @@ def test_a_module_named_by_hand_that_does_not_run(tokenizer, sentiment_rows):
     model = SpinForSequenceClassification.from_backbone(backbone, ffn="spare")
     with pytest.raises(TapError, match="Tap ffn.1 was read 0 times"):
         spin_calibrate(model, tokenizer, sentiment_rows, progress=False)
+
+
+def test_a_module_named_by_hand_that_only_later_blocks_have():
+    backbone = make_model("deepseek_v3")
+    model = SpinForSequenceClassification.from_backbone(backbone, ffn="mlp.shared_experts.down_proj")
+    assert [tap.block for tap in model.spin.taps if tap.kind == "ffn"] == [2, 3, 4]
+
+
+def test_a_module_named_by_hand_that_is_no_linear_layer():
+    with pytest.raises(TapError, match=r"have a BertIntermediate at 'intermediate', no linear layer.*output\.dense"):
+        SpinForSequenceClassification.from_backbone(make_model("bert"), ffn="intermediate")
+
+
+def test_an_empty_name_for_the_blocks():
+    with pytest.raises(TapError, match=r"no list of blocks at ''. Lists found: encoder.layer"):
+        SpinForSequenceClassification.from_backbone(make_model("bert"), blocks="")
