@@ -12,6 +12,7 @@ from census.population import needs
 from census.shrink import tiny_config
 
 from spin_hf import SpinConfig, SpinForSequenceClassification, TapError, spin_calibrate
+from spin_hf.calibration.errors import CalibrationError
 from spin_hf.checkpoint import fingerprint
 from spin_hf.depth import truncate, why_whole
 from spin_hf.parts import shifted_right
@@ -90,6 +91,28 @@ def test_an_image_model_is_refused_before_its_weights_are_loaded(tmp_path):
     hf.ViTConfig(hidden_size=32).save_pretrained(tmp_path)  # there are no weights
     with pytest.raises(ValueError, match="'pixel_values', not text"):
         SpinForSequenceClassification.from_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["siglip", "blip", "chinese_clip"])
+def test_a_text_part_that_could_not_be_built_again(model_type):
+    with pytest.raises(
+        ValueError, match=r"reads more than text, and AutoModel does not build its text part, a \w+Text"
+    ):
+        SpinForSequenceClassification.from_backbone(whole_model(model_type))
+
+
+def test_the_text_part_of_a_dual_encoder(tmp_path):
+    model = calibrated(whole_model("clip"), depth=2)
+    assert type(model.spin.backbone).__name__ == "CLIPTextModel"
+    model.save_pretrained(tmp_path)
+    again = SpinForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(again(**make_batch()).logits, model(**make_batch()).logits)
+
+
+def test_a_model_that_wants_images_besides_text(tokenizer, sentiment_rows):
+    model = SpinForSequenceClassification.from_backbone(whole_model("vilt"))
+    with pytest.raises(CalibrationError, match=r"ViltModel can't be run on token ids alone: .*pixel_values"):
+        spin_calibrate(model, tokenizer, sentiment_rows, **QUICK)
 
 
 # -- both stacks -----------------------------------------------------------------------------------------------------
