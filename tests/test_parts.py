@@ -171,6 +171,20 @@ def test_truncation_of_both_stacks_leaves_the_encoder_whole():
     assert (model.spin.backbone.config.num_layers, model.spin.backbone.config.num_decoder_layers) == (4, 2)
 
 
+def test_training_from_a_block_on_reaches_the_norms_after_it_alone():
+    model = SpinForSequenceClassification.from_backbone(whole_model("t5"), stacks="both")
+
+    def trained():
+        names = [name for name, weight in model.spin.backbone.named_parameters() if weight.requires_grad]
+        return {".".join(name.split(".")[:3]) for name in names}
+
+    model.unfreeze_backbone(from_block=8)
+    assert trained() == {"decoder.block.3", "decoder.final_layer_norm.weight"}
+    model.unfreeze_backbone(from_block=4)
+    norms = {"encoder.final_layer_norm.weight", "decoder.final_layer_norm.weight"}
+    assert trained() == {"encoder.block.3", *(f"decoder.block.{number}" for number in range(4)), *norms}
+
+
 def test_stacks_that_contradict(bert_backbone):
     with pytest.raises(ValueError, match="BertModel is no encoder-decoder. Leave stacks out"):
         SpinForSequenceClassification.from_backbone(bert_backbone, stacks="both")

@@ -125,6 +125,15 @@ def test_parts_of_blocks_in_lists_beside_each_other():
     assert torch.equal(values["hidden.0"], seen["attentions.0"][0])
 
 
+def test_all_parts_of_the_blocks_are_trained_where_they_stand_in_lists():
+    model = SpinForSequenceClassification.from_backbone(make_model("xlm"))
+    model.unfreeze_backbone(from_block=3)
+    trained = {name for name, weight in model.spin.backbone.named_parameters() if weight.requires_grad}
+    parts = ("attentions", "layer_norm1", "ffns", "layer_norm2")
+    expected = {f"{part}.{number}" for part in parts for number in (2, 3)}
+    assert {".".join(name.split(".")[:2]) for name in trained} == expected
+
+
 @pytest.mark.parametrize(
     ("model_type", "streams"),
     [pytest.param(name, 4, marks=needs(name)) for name in ("hy_v4", "deepseek_v4", "gemma3n_text")],
