@@ -18,6 +18,7 @@ from .parts import Stacks
 
 _ATTENTION = re.compile("att", re.IGNORECASE)  # covers attn, attention, SelfAttention
 _ROUTED = re.compile(r"^(?!.*shared).*expert", re.IGNORECASE)  # each sees some of the tokens; shared ones see all
+_OF_EMBEDDINGS = re.compile(r"norm_?emb")
 _FINAL = re.compile(r"norm$|final_|layer_?norm$|ln_f$")
 
 
@@ -163,15 +164,24 @@ def _calls_in_a_row(backbone: nn.Module, layout: Layout) -> int:
 
 
 def _final_norm(backbone: nn.Module, blocks: str) -> str | None:
-    """The norm that stands beside the block list: the first after it, or before it one that is named as a final one."""
-    parent, _, own = blocks.rpartition(".")
-    siblings = [name for name, _ in backbone.get_submodule(parent).named_children()]
-    norms = [
-        name
-        for name in siblings
-        if "norm" in type(backbone.get_submodule(f"{parent}.{name}".lstrip("."))).__name__.lower()
-        and "emb" not in name  # BART lists its embeddings' norm last
-    ]
-    after = [name for name in norms if siblings.index(name) > siblings.index(own)]
-    found = after[:1] or [name for name in norms if _FINAL.match(name)][-1:]
-    return f"{parent}.{found[0]}".lstrip(".") if found else None
+    """The norm beside the block list or a module around it: the first after it, or one before with a final one's name.
+
+    The hint that a norm is one of embeddings is its name ending in them, as BART's, which lists it last.
+    """
+    inner = blocks
+    while inner:
+        parent, _, own = inner.rpartition(".")
+        siblings = [name for name, _ in backbone.get_submodule(parent).named_children()]
+        norms = [
+            name
+            for name in siblings
+            if "norm" in type(backbone.get_submodule(f"{parent}.{name}".lstrip("."))).__name__.lower()
+            and not _OF_EMBEDDINGS.search(name)
+        ]
+        found = [name for name in norms if siblings.index(name) > siblings.index(own)][:1]
+        if inner == blocks:
+            found = found or [name for name in norms if _FINAL.match(name)][-1:]
+        if found:
+            return f"{parent}.{found[0]}".lstrip(".")
+        inner = parent
+    return None

@@ -165,6 +165,24 @@ def test_lists_of_a_part_for_images_are_not_searched():
     assert find_layout(backbone).blocks == "encoder.layer"
 
 
+@pytest.mark.parametrize(
+    ("model_type", "norm"),
+    [
+        pytest.param("lfm2", "embedding_norm", marks=needs("lfm2")),
+        ("esm", "encoder.emb_layer_norm_after"),
+        ("roberta-prelayernorm", "LayerNorm"),  # beside the encoder, and not inside
+        ("bart", None),  # lists the norm of its embeddings last
+    ],
+)
+def test_the_last_tap_is_the_models_output(model_type, norm):
+    spin, values = read(make_model(model_type))
+    assert spin.layout.norm == norm
+    ids = torch.randint(4, 56, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = spin.backbone(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    torch.testing.assert_close(values["hidden.4" if norm is None else "norm.4"], expected)
+
+
 def test_a_final_norm_that_is_used_before_is_read_at_its_last_call():
     backbone = make_model("nanochat")
     _, values = read(backbone)

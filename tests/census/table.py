@@ -15,7 +15,8 @@ _CHECKS = """\
 1. **Taps found and read.** One `hidden` tap for each block and one for the embeddings, one `ffn` tap for each block
    that has an FFN (or, in a state-space block, an output projection), and one for the final norm where there is one;
    each is read exactly once in a forward.
-2. **Values.** The `hidden` taps are transformers' own `output_hidden_states` (before the final norm).
+2. **Values.** The `hidden` taps are transformers' own `output_hidden_states` (before the final norm); the `norm` tap,
+   or where there is none the last `hidden` one, is the model's output.
 3. **Calibrate, truncate, save.** Calibrated on 64 texts; the logits of the truncated model are those of the whole
    one, to the bit, and so are those of the model that a fresh process loads.
 4. **Batches.** The logits of a text are the same alone, in a batch, padded right and padded left (1e-4 relative).
