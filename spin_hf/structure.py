@@ -2,8 +2,8 @@
 
 Nothing here knows a model by name. A *block list* is an ``nn.ModuleList`` of modules that are no layers themselves; a
 block's *FFN down projection* is a linear layer that ends in the model's hidden size and is fed by a linear layer of its
-own width. Two hints go by names that all of the field uses: ``att`` for attention, ``expert`` for routed experts. Where
-structure can't tell, both places can be given by hand, as dotted names.
+own width. Some hints go by names that all of the field uses: ``att`` for attention, ``expert`` for routed experts, and
+those of norms. Where structure can't tell, both places can be given by hand, as dotted names.
 """
 
 from __future__ import annotations
