@@ -151,6 +151,23 @@ class Layout:
         stack, number = self.stack(backbone, block)
         return stack.module_list(backbone)[(number - 1) // stack.calls]
 
+    def upward(self, backbone: nn.Module, block: int) -> list[nn.Module]:
+        """The modules of the blocks from one on, counted from 1, and the final norms after them."""
+        found = []
+        for number in range(block, self.depth(backbone) + 1):
+            stack, own = self.stack(backbone, number)
+            found += [each[(own - 1) // stack.calls] for each in stack._lists(backbone)]
+        reached = {id(stack): stack for stack, _ in (self.stack(backbone, block), self.stack(backbone, number))}
+        return found + [backbone.get_submodule(stack.norm) for stack in reached.values() if stack.norm is not None]
+
+    def _lists(self, backbone: nn.Module) -> list[nn.ModuleList]:
+        """The list of blocks, or those that the parts of the blocks stand in."""
+        blocks = self.module_list(backbone)
+        if self.entry is None:
+            return [blocks]
+        beside = backbone.get_submodule(self.blocks.rpartition(".")[0]).children()
+        return [each for each in beside if isinstance(each, nn.ModuleList) and len(each) == len(blocks)]
+
     def down_projection(self, backbone: nn.Module, block: int) -> nn.Module | None:
         """The module whose input is a block's neurons; ``None`` for a block without."""
         stack, number = self.stack(backbone, block)

@@ -333,10 +333,8 @@ class SpinModel(SpinPreTrainedModel):
             raise ValueError(f"from_block must lie between 1 and {self.depth}; got {from_block}.")
         self.backbone.requires_grad_(from_block is None)
         if from_block is not None:
-            for block in range(from_block, self.depth + 1):
-                self.layout.module(self.backbone, block).requires_grad_(True)
-            if self.layout.norm is not None:
-                self.backbone.get_submodule(self.layout.norm).requires_grad_(True)
+            for module in self.layout.upward(self.backbone, from_block):
+                module.requires_grad_(True)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> SpinModel:

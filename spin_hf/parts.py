@@ -47,8 +47,8 @@ def text_part(model: PreTrainedModel, stacks: Stacks = "encoder") -> PreTrainedM
     unless ``stacks="both"``.
 
     Raises:
-        ValueError: for a model of images or sound that has no such part, an encoder that can't be built by itself, or
-            ``stacks="both"`` for a model without a decoder.
+        ValueError: for a model of images or sound that has no such part, or one that AutoModel doesn't build, an
+            encoder that can't be built by itself, or ``stacks="both"`` for a model without a decoder.
     """
     if stacks not in get_args(Stacks):
         raise ValueError(f'stacks must be "encoder" or "both"; got {stacks!r}.')
@@ -86,7 +86,16 @@ def _of_composite(model: PreTrainedModel) -> PreTrainedModel:
         return model
     for module in model.modules():
         if module is not model and isinstance(module, PreTrainedModel) and type(module.config) is type(text):
-            return module if isinstance(module, _class_of(text)) else model
+            if isinstance(module, _class_of(text)):
+                return module
+            if not _class_of(text) and type(model.config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
+                raise ValueError(
+                    f"{type(model).__name__} reads more than text, and AutoModel does not build its text part, a "
+                    f"{type(module).__name__}, from a {type(text).__name__}, so that a saved classifier could not be "
+                    "loaded. Choose a text model, or a multimodal one whose text part AutoModel builds (CLIPTextModel, "
+                    "the text models of vision-language models)."
+                )
+            return model
     return model
 
 

@@ -2,8 +2,8 @@
 
 Nothing here knows a model by name. A *block list* is an ``nn.ModuleList`` of modules that are no layers themselves; a
 block's *FFN down projection* is a linear layer that ends in the model's hidden size and is fed by a linear layer of its
-own width. Two hints go by names that all of the field uses: ``att`` for attention, ``expert`` for routed experts. Where
-structure can't tell, both places can be given by hand, as dotted names.
+own width. Some hints go by names that all of the field uses: ``att`` for attention, ``expert`` for routed experts, and
+those of norms. Where structure can't tell, both places can be given by hand, as dotted names.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .parts import Stacks
 
 _ATTENTION = re.compile("att", re.IGNORECASE)  # covers attn, attention, SelfAttention
 _ROUTED = re.compile(r"^(?!.*shared).*expert", re.IGNORECASE)  # each sees some of the tokens; shared ones see all
+_OF_EMBEDDINGS = re.compile(r"norm_?emb")
 _FINAL = re.compile(r"norm$|final_|layer_?norm$|ln_f$")
 
 
@@ -53,23 +54,29 @@ def find_layout(
             for stack in (backbone.get_encoder(), backbone.get_decoder())  # type: ignore[operator]
         )
         return replace(encoder, decoder=decoder)
-    layout = Layout(blocks, None, None) if blocks else _find_blocks(backbone)
+    layout = Layout(blocks, None, None) if blocks is not None else _find_blocks(backbone)
     if layout.entry is not None:
         return replace(layout, norm=_final_norm(backbone, layout.blocks), ffn=ffn or layout.ffn)
     modules = list(layout.module_list(backbone))
     layout = replace(layout, norm=_final_norm(backbone, layout.blocks), calls=_calls_in_a_row(backbone, layout))
     if ffn is not None:
-        try:
-            modules[0].get_submodule(ffn)
-        except AttributeError:
-            candidates = [name for name, module in modules[0].named_modules() if shape_of(module)]
-            raise TapError(
-                f"The blocks of {type(backbone).__name__} have no module {ffn!r}. "
-                f'Linear layers in a block: {", ".join(candidates)}. Name one of them with ffn="...".'
-            ) from None
+        _check_ffn(backbone, modules, ffn)
         return replace(layout, ffn=ffn)
     found = tuple(_find_ffn(module, layout.hidden_size(backbone)) for module in modules)
     return replace(layout, ffn=found[0] if len(set(found)) == 1 else found)
+
+
+def _check_ffn(backbone: nn.Module, blocks: list[nn.Module], ffn: str) -> None:
+    """Refuse a down projection named by hand that no block has, or that is no linear layer in one that has it."""
+    named = [module for block in blocks for name, module in block.named_modules() if name == ffn]
+    if named and all(shape_of(module) for module in named):
+        return
+    candidates = dict.fromkeys(name for block in blocks for name, module in block.named_modules() if shape_of(module))
+    problem = f"have a {type(named[0]).__name__} at {ffn!r}, no linear layer" if named else f"have no module {ffn!r}"
+    raise TapError(
+        f"The blocks of {type(backbone).__name__} {problem}. "
+        f'Linear layers in a block: {", ".join(candidates)}. Name one of them with ffn="...".'
+    )
 
 
 def _find_blocks(backbone: nn.Module, inside: str = "") -> Layout:
@@ -157,15 +164,24 @@ def _calls_in_a_row(backbone: nn.Module, layout: Layout) -> int:
 
 
 def _final_norm(backbone: nn.Module, blocks: str) -> str | None:
-    """The norm that stands beside the block list: the first after it, or before it one that is named as a final one."""
-    parent, _, own = blocks.rpartition(".")
-    siblings = [name for name, _ in backbone.get_submodule(parent).named_children()]
-    norms = [
-        name
-        for name in siblings
-        if "norm" in type(backbone.get_submodule(f"{parent}.{name}".lstrip("."))).__name__.lower()
-        and "emb" not in name  # BART lists its embeddings' norm last
-    ]
-    after = [name for name in norms if siblings.index(name) > siblings.index(own)]
-    found = after[:1] or [name for name in norms if _FINAL.match(name)][-1:]
-    return f"{parent}.{found[0]}".lstrip(".") if found else None
+    """The norm beside the block list or a module around it: the first after it, or one before with a final one's name.
+
+    The hint that a norm is one of embeddings is its name ending in them, as BART's, which lists it last.
+    """
+    inner = blocks
+    while inner:
+        parent, _, own = inner.rpartition(".")
+        siblings = [name for name, _ in backbone.get_submodule(parent).named_children()]
+        norms = [
+            name
+            for name in siblings
+            if "norm" in type(backbone.get_submodule(f"{parent}.{name}".lstrip("."))).__name__.lower()
+            and not _OF_EMBEDDINGS.search(name)
+        ]
+        found = [name for name in norms if siblings.index(name) > siblings.index(own)][:1]
+        if inner == blocks:
+            found = found or [name for name in norms if _FINAL.match(name)][-1:]
+        if found:
+            return f"{parent}.{found[0]}".lstrip(".")
+        inner = parent
+    return None

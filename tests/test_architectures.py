@@ -46,6 +46,18 @@ def test_a_run_in_processes_of_their_own(tmp_path):
     assert "| bert | 5, 4, 0 | all |" in page.read_text()
 
 
+def test_an_ffn_or_a_norm_that_is_overlooked_fails(monkeypatch, tmp_path):
+    monkeypatch.setattr("spin_hf.structure._find_ffn", lambda block, hidden_size: None)
+    outcome = Outcome("bert")
+    check(outcome, tmp_path)
+    assert "no ffn tap in blocks [1, 2, 3, 4], which have no experts" in outcome.failed[1]
+    monkeypatch.undo()
+    monkeypatch.setattr("spin_hf.structure._final_norm", lambda backbone, blocks: None)
+    outcome = Outcome("llama")
+    check(outcome, tmp_path)
+    assert "1 taps are not transformers' own" in outcome.failed[2]
+
+
 def test_what_is_left_out():
     for model_type in ("encoder-decoder", "musicgen"):
         with pytest.raises(LeftOut):

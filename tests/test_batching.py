@@ -1,7 +1,10 @@
 """Backbones that ignore the mask or mix the examples of a batch."""
 
+import warnings
+
 import pytest
 import torch
+import transformers as hf
 from builders import calibrated, make_batch
 from census.checks import make_model
 from torch import nn
@@ -69,6 +72,35 @@ def test_a_backbone_that_reads_at_random():
 def test_texts_of_one_length_tell_the_same():
     model = SpinForSequenceClassification.from_backbone(make_model("fnet"))
     assert find_batching(model.spin, model.spin.taps, [[*range(5, 21)]] * 4, 0) == "equal_length"
+
+
+@pytest.mark.parametrize("length", [1, 6, 8])
+def test_short_texts_of_one_length_tell_the_same(length):
+    model = SpinForSequenceClassification.from_backbone(make_model("fnet"))
+    texts = [[*range(start, start + length)] for start in range(5, 25)]
+    assert find_batching(model.spin, model.spin.taps, texts, 0) == "equal_length"
+
+
+def big_bird(**options):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    small = {"num_attention_heads": 4, "block_size": 4, "num_random_blocks": 1, "max_position_embeddings": 128}
+    return SpinForSequenceClassification.from_backbone(hf.BigBirdModel(hf.BigBirdConfig(**sizes, **small, **options)))
+
+
+def test_a_backbone_that_changes_a_setting_of_its_own():
+    # From block-sparse to full attention with the first short text, and never back.
+    call = r"from_backbone\(name, attention_type='original_full'\)"
+    spin = big_bird().spin
+    with pytest.warns(UserWarning, match=f"set attention_type='original_full' of itself.*{call}"):
+        find_batching(spin, spin.taps, TEXTS, 0)
+    spin = big_bird().spin
+    with pytest.raises(CalibrationError, match=f"gives other features each time.*{call}"):
+        find_batching(spin, spin.taps, [[*range(4, 60)] * 2, *TEXTS], 0)
+    spin = big_bird(attention_type="original_full").spin
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_batching(spin, spin.taps, [[*range(4, 60)] * 2, *TEXTS], 0) == "padded"
 
 
 @pytest.mark.parametrize("model_type", ["fnet", "mobilebert"])

@@ -12,6 +12,7 @@ from census.population import needs
 from census.shrink import tiny_config
 
 from spin_hf import SpinConfig, SpinForSequenceClassification, TapError, spin_calibrate
+from spin_hf.calibration.errors import CalibrationError
 from spin_hf.checkpoint import fingerprint
 from spin_hf.depth import truncate, why_whole
 from spin_hf.parts import shifted_right
@@ -92,6 +93,28 @@ def test_an_image_model_is_refused_before_its_weights_are_loaded(tmp_path):
         SpinForSequenceClassification.from_backbone(str(tmp_path))
 
 
+@pytest.mark.parametrize("model_type", ["siglip", "blip", "chinese_clip"])
+def test_a_text_part_that_could_not_be_built_again(model_type):
+    with pytest.raises(
+        ValueError, match=r"reads more than text, and AutoModel does not build its text part, a \w+Text"
+    ):
+        SpinForSequenceClassification.from_backbone(whole_model(model_type))
+
+
+def test_the_text_part_of_a_dual_encoder(tmp_path):
+    model = calibrated(whole_model("clip"), depth=2)
+    assert type(model.spin.backbone).__name__ == "CLIPTextModel"
+    model.save_pretrained(tmp_path)
+    again = SpinForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(again(**make_batch()).logits, model(**make_batch()).logits)
+
+
+def test_a_model_that_wants_images_besides_text(tokenizer, sentiment_rows):
+    model = SpinForSequenceClassification.from_backbone(whole_model("vilt"))
+    with pytest.raises(CalibrationError, match=r"ViltModel can't be run on token ids alone: .*pixel_values"):
+        spin_calibrate(model, tokenizer, sentiment_rows, **QUICK)
+
+
 # -- both stacks -----------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +169,20 @@ def test_truncation_of_both_stacks_leaves_the_encoder_whole():
     truncate(model.spin.backbone, model.spin.layout, 6)
     assert (len(model.spin.backbone.encoder.block), len(model.spin.backbone.decoder.block)) == (4, 2)
     assert (model.spin.backbone.config.num_layers, model.spin.backbone.config.num_decoder_layers) == (4, 2)
+
+
+def test_training_from_a_block_on_reaches_the_norms_after_it_alone():
+    model = SpinForSequenceClassification.from_backbone(whole_model("t5"), stacks="both")
+
+    def trained():
+        names = [name for name, weight in model.spin.backbone.named_parameters() if weight.requires_grad]
+        return {".".join(name.split(".")[:3]) for name in names}
+
+    model.unfreeze_backbone(from_block=8)
+    assert trained() == {"decoder.block.3", "decoder.final_layer_norm.weight"}
+    model.unfreeze_backbone(from_block=4)
+    norms = {"encoder.final_layer_norm.weight", "decoder.final_layer_norm.weight"}
+    assert trained() == {"encoder.block.3", *(f"decoder.block.{number}" for number in range(4)), *norms}
 
 
 def test_stacks_that_contradict(bert_backbone):

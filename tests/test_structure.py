@@ -125,6 +125,15 @@ def test_parts_of_blocks_in_lists_beside_each_other():
     assert torch.equal(values["hidden.0"], seen["attentions.0"][0])
 
 
+def test_all_parts_of_the_blocks_are_trained_where_they_stand_in_lists():
+    model = SpinForSequenceClassification.from_backbone(make_model("xlm"))
+    model.unfreeze_backbone(from_block=3)
+    trained = {name for name, weight in model.spin.backbone.named_parameters() if weight.requires_grad}
+    parts = ("attentions", "layer_norm1", "ffns", "layer_norm2")
+    expected = {f"{part}.{number}" for part in parts for number in (2, 3)}
+    assert {".".join(name.split(".")[:2]) for name in trained} == expected
+
+
 @pytest.mark.parametrize(
     ("model_type", "streams"),
     [pytest.param(name, 4, marks=needs(name)) for name in ("hy_v4", "deepseek_v4", "gemma3n_text")],
@@ -156,6 +165,24 @@ def test_lists_of_a_part_for_images_are_not_searched():
     assert find_layout(backbone).blocks == "encoder.layer"
 
 
+@pytest.mark.parametrize(
+    ("model_type", "norm"),
+    [
+        pytest.param("lfm2", "embedding_norm", marks=needs("lfm2")),
+        ("esm", "encoder.emb_layer_norm_after"),
+        ("roberta-prelayernorm", "LayerNorm"),  # beside the encoder, and not inside
+        ("bart", None),  # lists the norm of its embeddings last
+    ],
+)
+def test_the_last_tap_is_the_models_output(model_type, norm):
+    spin, values = read(make_model(model_type))
+    assert spin.layout.norm == norm
+    ids = torch.randint(4, 56, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = spin.backbone(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    torch.testing.assert_close(values["hidden.4" if norm is None else "norm.4"], expected)
+
+
 def test_a_final_norm_that_is_used_before_is_read_at_its_last_call():
     backbone = make_model("nanochat")
     _, values = read(backbone)
@@ -171,3 +198,19 @@ def test_a_module_named_by_hand_that_does_not_run(tokenizer, sentiment_rows):
     model = SpinForSequenceClassification.from_backbone(backbone, ffn="spare")
     with pytest.raises(TapError, match="Tap ffn.1 was read 0 times"):
         spin_calibrate(model, tokenizer, sentiment_rows, progress=False)
+
+
+def test_a_module_named_by_hand_that_only_later_blocks_have():
+    backbone = make_model("deepseek_v3")
+    model = SpinForSequenceClassification.from_backbone(backbone, ffn="mlp.shared_experts.down_proj")
+    assert [tap.block for tap in model.spin.taps if tap.kind == "ffn"] == [2, 3, 4]
+
+
+def test_a_module_named_by_hand_that_is_no_linear_layer():
+    with pytest.raises(TapError, match=r"have a BertIntermediate at 'intermediate', no linear layer.*output\.dense"):
+        SpinForSequenceClassification.from_backbone(make_model("bert"), ffn="intermediate")
+
+
+def test_an_empty_name_for_the_blocks():
+    with pytest.raises(TapError, match=r"no list of blocks at ''. Lists found: encoder.layer"):
+        SpinForSequenceClassification.from_backbone(make_model("bert"), blocks="")

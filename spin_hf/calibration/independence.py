@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..batching import Batching
 from ..modeling_spin import SpinModel
@@ -30,7 +31,8 @@ def find_batching(model: SpinModel, taps: Sequence[Tap], ids: list[list[int]], p
         pad_token_id: what shorter ones are filled with.
 
     Raises:
-        CalibrationError: if the same text does not give the same features twice.
+        CalibrationError: if the backbone can't be run on token ids alone, or the same text does not give the same
+            features twice.
     """
     model.eval()
     longest = sorted(ids, key=len, reverse=True)[: len(_PARTS)]
@@ -38,11 +40,32 @@ def find_batching(model: SpinModel, taps: Sequence[Tap], ids: list[list[int]], p
         row[: max(_FEWEST_TOKENS, min(len(row), _MOST_TOKENS) // part)]
         for row, part in zip(longest, _PARTS, strict=False)
     ]
-    alone = [_features(model, taps, [text], pad_token_id)[0] for text in texts]
-    if not _equal(model, [alone[0]], [_features(model, taps, [texts[0]], pad_token_id)[0]]):
+    if len(texts[0]) < 2 * _FEWEST_TOKENS:  # all may be as short, and of one length nothing would be padded
+        texts[0] = (texts[0] * 2 * _FEWEST_TOKENS)[: 2 * _FEWEST_TOKENS]
+    name, before = type(model.backbone).__name__, _settings(model.backbone)
+    try:
+        alone = _features(model, taps, texts[:1], pad_token_id)
+    except (AttributeError, TypeError, ValueError) as error:
         raise CalibrationError(
-            f"{type(model.backbone).__name__} gives other features each time it reads the same text, so nothing could "
-            "be learned from them. If it hashes at random, set a seed in its config, such as hash_seed=0."
+            f"{name} can't be run on token ids alone: {str(error).rstrip('.')}. If it wants images or sound besides, "
+            "pass its text model to from_backbone instead, loaded or by the name of one."
+        ) from error
+    alone += [_features(model, taps, [text], pad_token_id)[0] for text in texts[1:]]
+    after = _settings(model.backbone)
+    changed = sorted({f"{key}={value!r}" for (at, key), value in after.items() if before.get((at, key)) != value})
+    advice = f"Load it with from_backbone(name, {', '.join(changed)}), or set that in its config before it is built."
+    if not _equal(model, alone[:1], _features(model, taps, texts[:1], pad_token_id)):
+        hashing = "If it hashes at random, set a seed in its config, such as hash_seed=0."
+        raise CalibrationError(
+            f"{name} gives other features each time it reads the same text, so nothing could be learned from them. "
+            + (f"It set {', '.join(changed)} of itself while it read others. {advice}" if changed else hashing)
+        )
+    if changed:
+        warnings.warn(
+            f"{name} set {', '.join(changed)} of itself when it read a short text, and keeps it: in a fresh process, a "
+            f"longer text that comes first may get other logits. {advice}",
+            UserWarning,
+            stacklevel=2,
         )
     try:
         if _equal(model, alone, _features(model, taps, texts, pad_token_id)):
@@ -53,6 +76,16 @@ def find_batching(model: SpinModel, taps: Sequence[Tap], ids: list[list[int]], p
         if not _equal(model, [first], _features(model, taps, [text, text[::-1]], pad_token_id)[:1]):
             return "single"
     return "equal_length"
+
+
+def _settings(backbone: nn.Module) -> dict[tuple[str, str], str]:
+    """What modules note of themselves in words, such as the kind of their attention."""
+    return {
+        (name, key): value
+        for name, module in backbone.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, str)
+    }
 
 
 def _features(model: SpinModel, taps: Sequence[Tap], texts: list[list[int]], pad_token_id: int) -> list[list[Tensor]]:

@@ -75,3 +75,12 @@ REASONS = {
     "pegasus_x": 'runs each FFN for tokens and once more for global tokens; kinds=["hidden"] works',
     "squeezebert": "calls forward of its blocks without torch's hooks",
 }
+
+# Types whose blocks are an attention, a mixer or an FFN: two of the former have no FFN to tap.
+WITHOUT_FFN = {"nemotron_h", "squeezebert"}
+
+# Types without a norm tap whose output is not that of the last block, and what comes after it.
+MORE_AFTER = {
+    "bigbird_pegasus": "a final norm that has the name of one of embeddings",
+    "funnel": "a decoder of its own",
+}

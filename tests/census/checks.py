@@ -18,7 +18,7 @@ from spin_hf.depth import why_whole
 from spin_hf.parts import auto_class
 from spin_hf.taps import attach
 
-from .by_hand import BY_HAND, LEFT_OUT
+from .by_hand import BY_HAND, LEFT_OUT, MORE_AFTER, WITHOUT_FFN
 from .shrink import tiny_config
 
 QUICK = {"Cs": 2, "etas": (0.5,), "poolings": ("mean", "last"), "progress": False, "max_features": 64}
@@ -127,7 +127,22 @@ def _read_all(model: SpinForSequenceClassification) -> dict[str, torch.Tensor]:
         handle.remove()
     total = spin.depth
     assert [tap.block for tap in taps if tap.kind == "hidden"] == list(range(total + 1))
+    assert model.spin.backbone.config.model_type in WITHOUT_FFN or not (without := _no_ffn(spin)), without
     return values
+
+
+def _no_ffn(spin: Any) -> str:
+    """Which blocks have no ffn tap, although they have no routed experts either."""
+    found = {tap.block for tap in spin.taps if tap.kind == "ffn"}
+    missing = [
+        block
+        for block in set(range(1, spin.depth + 1)) - found
+        if not any(
+            "expert" in f"{name} {type(module).__name__}".lower()
+            for name, module in spin.layout.module(spin.backbone, block).named_modules()
+        )
+    ]
+    return f"no ffn tap in blocks {missing}, which have no experts" if missing else ""
 
 
 def _compare_hidden_states(model: Any, values: dict[str, torch.Tensor], outcome: Outcome) -> None:
@@ -150,9 +165,11 @@ def _compare_hidden_states(model: Any, values: dict[str, torch.Tensor], outcome:
         away = [_away(values[f"hidden.{block}"], states[block - 1]) for block in range(1, total)]
     last = getattr(given[0], "last_hidden_state", None)
     normed = values.get(f"norm.{total}")
+    if normed is None and outcome.model_type not in MORE_AFTER:
+        normed = values[f"hidden.{total}"]  # nothing follows
     if last is not None and normed is not None and last.shape == normed.shape:
         away.append(_away(normed, last))
-    wrong = [f"{difference:.1g}" for difference in away if difference > 1e-6]
+    wrong = [f"{difference:.1g}" for difference in away if not difference <= 1e-6]  # NaN is wrong, too
     assert not wrong, f"{len(wrong)} taps are not transformers' own (away by {', '.join(wrong)})"
 
 

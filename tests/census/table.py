@@ -15,10 +15,20 @@ _CHECKS = """\
 1. **Taps found and read.** One `hidden` tap for each block and one for the embeddings, one `ffn` tap for each block
    that has an FFN (or, in a state-space block, an output projection), and one for the final norm where there is one;
    each is read exactly once in a forward.
-2. **Values.** The `hidden` taps are transformers' own `output_hidden_states` (before the final norm).
+2. **Values.** The `hidden` taps are transformers' own `output_hidden_states` (before the final norm); the `norm` tap,
+   or where there is none the last `hidden` one, is the model's output.
 3. **Calibrate, truncate, save.** Calibrated on 64 texts; the logits of the truncated model are those of the whole
    one, to the bit, and so are those of the model that a fresh process loads.
 4. **Batches.** The logits of a text are the same alone, in a batch, padded right and padded left (1e-4 relative).
+"""
+
+_HINTS = """\
+Where structure alone can't tell, these names decide, of a module or of a config's field: `att` (attention),
+`expert` without `shared` (routed experts), `norm_emb` (a norm of embeddings), `final_`, `norm`, `ln_f` (a final norm
+before the blocks); `num_hidden_layers` (which list holds the blocks), `num_hidden_groups` (blocks that share weights),
+`num_kv_shared_layers` (counted from the last block), `hc_mult`, `hc_count`, `altup_num_inputs` (residual streams),
+`prompt_length` (positions before the text), `reuse_len` (positions as the first dimension). Where they mislead, name
+the places by hand: `from_backbone(..., blocks="encoder.layers", ffn="mlp.down_proj")`.
 """
 
 
@@ -50,6 +60,7 @@ def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
         "own. Nothing in `spin_hf` knows a model by name; what is found here is found by structure.",
         "",
         _CHECKS,
+        _HINTS,
         "## Types",
         "",
         "| type | taps: hidden, ffn, norm | passes | remarks |",
