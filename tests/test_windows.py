@@ -6,11 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from builders import BAD, GOOD, NEUTRAL, POOLINGS, SIZE, calibrated, make_backbone, make_tokenizer
+from builders import BAD, CONFIGS, GOOD, NEUTRAL, POOLINGS, SIZE, calibrated, make_backbone, make_tokenizer
+from census.checks import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
-from transformers import pipeline
+from transformers import T5Model, pipeline
 from typer.testing import CliRunner
 
 from spin_hf import CheckpointError, SpinClassifier, SpinConfig, SpinForSequenceClassification, spin_calibrate
@@ -127,13 +128,10 @@ def batch_of(ids, *, left=False):
 @pytest.mark.parametrize("overlap", [0, 3, 8])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "qwen3", "t5", "both"])
 def test_the_features_are_those_of_a_loop_over_windows(name, overlap):
-    options = {}
-    backbone = make_backbone("t5" if name == "both" else name)
     if name == "both":
-        import transformers
-
-        backbone, options = transformers.T5Model(backbone.config).eval(), {"stacks": "both"}
-    model = calibrated(backbone, **options)
+        model = calibrated(T5Model(CONFIGS["t5"]()).eval(), stacks="both")
+    else:
+        model = calibrated(make_backbone(name))
     windows = Windows(12, overlap, 1, 1)
     model.config.windows = windows.to_dict()
     ids = texts()
@@ -203,13 +201,14 @@ def test_positions_of_ones_own(model):
     model(**batch_of(texts([12])), position_ids=positions[:, :12])
 
 
-def test_a_backbone_with_other_positions_than_tokens():
-    from census.checks import make_model
-
-    made = calibrated(make_model("funnel"), poolings=("mean",))
+def test_a_backbone_with_other_positions_than_tokens(rows):
+    made = calibrated(make_model("canine"), poolings=("mean",))
     made.config.windows = Windows(12, 3, 1, 1).to_dict()
     with pytest.raises(PositionsError, match="Calibrate it without windows=True"):
         made(**batch_of(texts([40])))
+    model = SpinForSequenceClassification.from_backbone(make_model("canine"))
+    with pytest.raises(CalibrationError, match="CanineModel works on other positions than its tokens"):
+        spin_calibrate(model, make_tokenizer(), rows, **QUICK, windows=True, max_length=16)
 
 
 # -- calibration and use -------------------------------------------------------------------------------------------
@@ -222,7 +221,7 @@ def rows():
     found = []
     for row in range(80):
         words = choose.choices(NEUTRAL, k=choose.randint(70, 120))
-        found.append(" ".join([*words, *choose.choices(GOOD if row % 2 else BAD, k=6)]))
+        found.append(" ".join([*words, *choose.choices(GOOD if row % 2 else BAD, k=14)]))
     return found, [row % 2 for row in range(80)]
 
 
@@ -304,7 +303,7 @@ torch.set_num_threads(1)
 options = {"trust_remote_code": True} if place == "without" else {}
 text = open(folder + "/text.txt").read()
 classify = transformers.pipeline("text-classification", folder, device="cpu", top_k=None, **options)
-tokens = transformers.AutoTokenizer.from_pretrained(folder)(text, truncation=True, return_tensors="pt")
+tokens = transformers.AutoTokenizer.from_pretrained(folder, **options)(text, truncation=True, return_tensors="pt")
 with torch.no_grad():
     logits = classify.model(**tokens).logits[0].tolist()
 print(json.dumps([logits, {row["label"]: row["score"] for row in classify(text)[0]}]))
@@ -343,8 +342,6 @@ def test_calibrating_again_without_windows(made, rows, tmp_path):
 
 
 def test_a_backbone_whose_batches_are_of_one_length(rows):
-    from census.checks import make_model
-
     model = SpinForSequenceClassification.from_backbone(make_model("fnet"))
     tokenizer = make_tokenizer()
     result = spin_calibrate(model, tokenizer, rows, **QUICK, windows=True, max_length=16, depths=[2])
@@ -454,10 +451,5 @@ def test_the_command_line(rows, tmp_path):
         "Texts of more than 64 tokens are read in overlapping windows" in (tmp_path / "out" / "README.md").read_text()
     )
     found = CliRunner().invoke(app, ["predict", str(tmp_path / "out"), rows[0][0], "--device", "cpu"])
-    model, tokenizer = (
-        SpinForSequenceClassification.from_pretrained(tmp_path / "out"),
-        make_tokenizer(),
-    )
-    assert json.loads(found.stdout)["scores"] == pytest.approx(
-        predict(model, tokenizer, rows[0][:1]).row(0)["scores"], abs=1e-5
-    )
+    wanted = predict(SpinForSequenceClassification.from_pretrained(tmp_path / "out"), make_tokenizer(), rows[0][:1])
+    assert json.loads(found.stdout)["scores"] == pytest.approx(wanted.row(0)["scores"], abs=1e-5)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling_spin import SpinForSequenceClassification, SpinModel
-from ..pooling import pool
+from ..pooling import PositionsError, pool
 from ..taps import Tap, model_device
 from ..windows import Windows
-from .errors import EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
+from .errors import CalibrationError, EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
 from .fingerprint import vocabulary_of
 from .store import FORMAT, FeatureStore
 
@@ -169,6 +169,7 @@ def extract(
         advance: called with the number of tokens of each finished batch.
 
     Raises:
+        CalibrationError: for windows on a backbone that works on other positions than its tokens; with the first batch.
         NonFiniteFeaturesError: naming the tap that produced NaN or infinity.
         OutputFolderError: where the disk is full.
     """
@@ -189,7 +190,10 @@ def extract(
             types = None
             if encoded.token_type_ids is not None:
                 types = pad([encoded.token_type_ids[row] for row in rows], 0).to(device)
-            pooled = model.pooled(poolings, read, mask, batch, types, windows=encoded.windows)
+            try:
+                pooled = model.pooled(poolings, read, mask, batch, types, windows=encoded.windows)
+            except PositionsError as error:
+                raise CalibrationError(str(error)) from error
             arrays = {tap: torch.stack(parts, 1).cpu().numpy() for tap, parts in pooled.items()}
             for tap, array in arrays.items():
                 if not np.isfinite(array).all():
