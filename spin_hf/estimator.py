@@ -178,7 +178,7 @@ class _SpinEstimator(BaseEstimator):
             if not str(source):
                 raise CalibrationError("This backbone does not say where its tokenizer is: pass tokenizer=... too.")
             return load_tokenizer(source)
-        return source
+        return copy.deepcopy(source)  # calibration writes its limit of tokens to it
 
     def __sklearn_clone__(self) -> Any:
         """As of every estimator, but a loaded model or tokenizer is shared, not copied: fitting never changes it."""

@@ -359,6 +359,7 @@ def test_the_estimator(rows):
     made.fit(*rows)
     assert made.model_.config.windows == {"size": 64, "overlap": 30, "before": 1, "after": 1}
     assert made.score(*rows) >= 0.9
+    assert tokenizer.model_max_length == SIZE  # the next fit may be without windows
 
 
 # -- what can't be cut ---------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def spin_calibrate(
         seed: of the split, folds and bootstrap.
         progress: show bars, estimates and the disk needed, on standard error.
         recalibrate: choose neurons and head anew, in the blocks there are, for a model whose backbone was trained or
-            got an adapter since its calibration. Its labels stay.
+            got an adapter since its calibration. Its labels stay; all else, as ``windows``, is as this call says.
 
     Returns:
         The record of what was tried and kept.
