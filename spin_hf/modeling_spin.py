@@ -256,13 +256,13 @@ class SpinModel(SpinPreTrainedModel):
                     f"Tap {tap} lies in a reentrant checkpoint, where its gradient is lost. Enable checkpointing with "
                     'gradient_checkpointing_kwargs={"use_reentrant": False}.'
                 )
-            pooled = []
+            found = []
             with torch.autocast(values.device.type, enabled=False):
                 for pooling, start, stop in parts_of[tap]:
                     neurons = self.standardizer.neurons[start:stop].to(values.device)
                     kept = values.index_select(-1, neurons)
-                    pooled.append(pool(kept, mask, [pooling])[:, 0].to(self.standardizer.mean.device))
-            return pooled
+                    found.append(pool(kept, mask, [pooling])[:, 0].to(self.standardizer.mean.device))
+            return found
 
         poolings = {tap: [pooling for pooling, _, _ in parts] for tap, parts in self.groups}
         windows = None if self.config.windows is None else Windows(**self.config.windows)
