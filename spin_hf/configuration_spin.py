@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .batching import BATCHINGS, Batching
 from .trust import CheckpointError as CheckpointError
 from .trust import check_values, checked_features, checked_layout, remote_code_is_trusted, trusting_remote_code
+from .windows import checked_windows
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +34,8 @@ class SpinConfig(PreTrainedConfig):
             and pooling; empty until calibrated. The neurons' indices are a buffer of the model.
         class_weights: weight of each label in the training loss, in the order of ``id2label``.
         max_text_tokens: tokens per text that calibration used; longer texts were cut.
+        windows: how texts longer than a window are read in windows, the values of :class:`Windows`; ``None`` if they
+            are not.
         text_pairs: whether calibration read sentence pairs; ``None`` of an early checkpoint that doesn't say.
         logit_temperature: what the model divides its logits by, so that probabilities match how often they hold.
         gate_penalty: cost of an open gate in the training loss; ``None`` for a model without gates.
@@ -63,6 +66,7 @@ class SpinConfig(PreTrainedConfig):
         features: list[dict[str, Any]] | None = None,
         class_weights: list[float] | None = None,
         max_text_tokens: int | None = None,
+        windows: dict[str, int] | None = None,
         text_pairs: bool | None = None,
         logit_temperature: float = 1.0,
         gate_penalty: float | None = None,
@@ -94,6 +98,7 @@ class SpinConfig(PreTrainedConfig):
         self.features = checked_features(features or [])
         self.class_weights = class_weights
         self.max_text_tokens = max_text_tokens
+        self.windows = checked_windows(windows)
         self.text_pairs = text_pairs
         self.logit_temperature = _checked_temperature(logit_temperature)
         self.gate_penalty = gate_penalty

@@ -44,6 +44,8 @@ _CALIBRATION = (  # parameters that go to spin_calibrate as they are
     "max_features",
     "max_depth",
     "max_length",
+    "windows",
+    "overlap",
     "batch_tokens",
     "cache_dir",
 )
@@ -70,6 +72,8 @@ class _SpinEstimator(BaseEstimator):
         max_features: int | None = None,
         max_depth: int | None = None,
         max_length: int | None = None,
+        windows: bool = False,
+        overlap: int | None = None,
         batch_tokens: int = 4096,
         cache_dir: str | Path | None = None,
         device: str | torch.device | None = None,
@@ -92,6 +96,8 @@ class _SpinEstimator(BaseEstimator):
         self.max_features = max_features
         self.max_depth = max_depth
         self.max_length = max_length
+        self.windows = windows
+        self.overlap = overlap
         self.batch_tokens = batch_tokens
         self.cache_dir = cache_dir
         self.device = device
@@ -172,7 +178,7 @@ class _SpinEstimator(BaseEstimator):
             if not str(source):
                 raise CalibrationError("This backbone does not say where its tokenizer is: pass tokenizer=... too.")
             return load_tokenizer(source)
-        return source
+        return copy.deepcopy(source)  # calibration writes its limit of tokens to it
 
     def __sklearn_clone__(self) -> Any:
         """As of every estimator, but a loaded model or tokenizer is shared, not copied: fitting never changes it."""
@@ -203,9 +209,9 @@ class SpinClassifier(ClassifierMixin, _SpinEstimator):
         validation_fraction: that part.
         metric: as in ``spin_calibrate``; a function gets the labels as ``y`` has them.
         class_weight: ``"balanced"``, or weights by the labels of ``y`` (for several at once, by column or its name).
-        preset, prefer, kinds, poolings, Cs, etas, max_features, max_depth, max_length, batch_tokens, cache_dir: as in
-            ``spin_calibrate``. With ``cache_dir`` a grid search over what is not read from the backbone (Cs, etas,
-            max_features, prefer) reads each fold's texts once.
+        preset, prefer, kinds, poolings, Cs, etas, max_features, max_depth, max_length, windows, overlap, batch_tokens,
+            cache_dir: as in ``spin_calibrate``. With ``cache_dir`` a grid search over what is not read from the
+            backbone (Cs, etas, max_features, prefer) reads each fold's texts once.
         device: of the model; by default the best there is, or where a loaded model is.
         dtype: of the weights of a backbone that is loaded by name; as stored by default.
         random_state: seed of split, folds and bootstrap.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
@@ -25,13 +25,14 @@ from .drift import sample, warn_if_moved
 from .gates import Gates
 from .layout import Layout, Tap, TapError
 from .parts import Stacks, check_rebuilds, shifted_right, text_part, whole_config
-from .pooling import align_left, pool
+from .pooling import PositionsError, align_left, pool
 from .pretrained import NotCalibratedError as NotCalibratedError
 from .pretrained import SpinPreTrainedModel
 from .quantization import is_quantized as is_quantized
 from .structure import find_layout
 from .taps import attach, model_device, record
 from .trust import CheckpointError as CheckpointError
+from .windows import Windows, plan_windows
 
 # Every module of the runtime is named above, since some versions of transformers copy from a self-contained folder only
 # what the first file imports itself.
@@ -212,8 +213,12 @@ class SpinModel(SpinPreTrainedModel):
                 on either side: real tokens are moved to the front first.
             token_type_ids, position_ids: ``(batch, tokens)``, as the backbone takes them.
 
+        With ``config.windows``, texts longer than a window are cut here: give them whole, with the tokenizer's special
+        tokens around each text, and no position_ids.
+
         Raises:
             NotCalibratedError: if no features were chosen yet.
+            ValueError: for inputs that are missing, don't fit each other or can't be cut into windows.
         """
         if not self.groups:
             raise NotCalibratedError(
@@ -241,29 +246,82 @@ class SpinModel(SpinPreTrainedModel):
         return SpinModelOutput(features=features)
 
     def _read(self, mask: Tensor, *inputs: Tensor | None, **kwargs: Any) -> Tensor:
-        """The features of a right-padded batch, by one forward of the backbone."""
-        pooled: dict[Tap, list[Tensor]] = {}
+        """The features of a right-padded batch that may run together."""
         parts_of = dict(self.groups)
         learns = torch.is_grad_enabled() and self._needs_gradient(inputs[-1])
 
-        def read(tap: Tap, values: Tensor) -> None:
+        def read(tap: Tap, values: Tensor, mask: Tensor) -> list[Tensor]:
             if learns and not torch.is_grad_enabled():
                 raise TapError(
                     f"Tap {tap} lies in a reentrant checkpoint, where its gradient is lost. Enable checkpointing with "
                     'gradient_checkpointing_kwargs={"use_reentrant": False}.'
                 )
-            pooled[tap] = []
+            found = []
             with torch.autocast(values.device.type, enabled=False):
                 for pooling, start, stop in parts_of[tap]:
                     neurons = self.standardizer.neurons[start:stop].to(values.device)
                     kept = values.index_select(-1, neurons)
-                    pooled[tap].append(pool(kept, mask, [pooling])[:, 0].to(self.standardizer.mean.device))
+                    found.append(pool(kept, mask, [pooling])[:, 0].to(self.standardizer.mean.device))
+            return found
 
-        with self.recording(list(parts_of), read, mask):
-            self.run_backbone(inputs[0], mask, *inputs[1:], **kwargs)
+        poolings = {tap: [pooling for pooling, _, _ in parts] for tap, parts in self.groups}
+        windows = None if self.config.windows is None else Windows(**self.config.windows)
+        pooled = self.pooled(poolings, read, mask, *inputs, windows=windows, **kwargs)
         with torch.autocast(self.standardizer.mean.device.type, enabled=False):
             features: Tensor = self.standardizer(torch.cat([part for tap, _ in self.groups for part in pooled[tap]], 1))
         return features
+
+    def pooled(
+        self,
+        poolings: Mapping[Tap, Sequence[str]],
+        read: Callable[[Tap, Tensor, Tensor], list[Tensor]],
+        mask: Tensor,
+        *inputs: Tensor | None,
+        windows: Windows | None,
+        **kwargs: Any,
+    ) -> dict[Tap, list[Tensor]]:
+        """Pooled values of taps that have hooks, of texts that may run together.
+
+        Args:
+            poolings: of each tap.
+            read: is given a tap, its activations ``(rows, tokens, width)`` and the mask of the tokens to pool, and
+                returns ``(rows, neurons)`` for each of the tap's poolings.
+            mask: ``(texts, tokens)``, right-padded.
+            inputs: as :meth:`run_backbone` takes them.
+            windows: that longer texts are cut into.
+
+        Returns:
+            ``(texts, neurons)`` for each pooling of each tap.
+        """
+
+        def run(mask: Tensor, tokens: Tensor, *inputs: Tensor | None) -> dict[Tap, list[Tensor]]:
+            found: dict[Tap, list[Tensor]] = {}
+
+            def keep(tap: Tap, values: Tensor) -> None:
+                found[tap] = read(tap, values, tokens)
+
+            with self.recording(list(poolings), keep, mask):
+                self.run_backbone(inputs[0], mask, *inputs[1:], **kwargs)
+            return found
+
+        if windows is None or mask.shape[1] <= windows.size:
+            return run(mask, mask, *inputs)
+        if any(given is not None for given in inputs[2:3]):
+            raise ValueError("A text in windows has positions of its own in each of them. Leave position_ids out.")
+        plan = plan_windows(mask, windows)
+        passes = []
+        for part in plan.passes(windows.size, single=self.config.batching == "single"):
+            try:
+                passes.append(run(plan.mask[part], plan.pooled[part], *(plan.cut(given, part) for given in inputs)))
+            except PositionsError as error:
+                raise PositionsError(
+                    f"{type(self.backbone).__name__} works on other positions than its tokens, so that windows can't "
+                    "be told apart. Calibrate it without windows=True."
+                ) from error
+        return {
+            tap: [plan.merge(torch.cat([part[tap][i] for part in passes]), name) for i, name in enumerate(names)]
+            for tap, names in poolings.items()
+        }
 
     def recording(
         self, taps: Sequence[Tap], read: Callable[[Tap, Tensor], None], mask: Tensor

@@ -20,14 +20,16 @@ from .calibration.fingerprint import check_same_tokenizer
 from .calibration.task import METRICS
 from .modeling_spin import NotCalibratedError, SpinForSequenceClassification
 from .taps import model_device
+from .windows import Windows
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Logits and probabilities ``(n, num_labels)`` of some texts; for regression both are the predicted numbers.
 
-    ``truncated`` texts were cut to the model's window. Texts of a :attr:`confidence` below ``min_confidence`` are
-    abstained from: their rows say so instead of naming a label. The arrays hold all texts.
+    ``truncated`` texts were cut to the model's window; none where it reads long texts in windows. Texts of a
+    :attr:`confidence` below ``min_confidence`` are abstained from: their rows say so instead of naming a label. The
+    arrays hold all texts.
     """
 
     logits: np.ndarray
@@ -105,7 +107,8 @@ def encode_for(
     check_tokenizer(tokenizer, model)
     check_same_tokenizer(tokenizer, model.config.tokenizer)
     texts, pairs = read_texts({"text": texts} if pairs is None else {"text": texts, "text_pair": pairs})
-    return encode(tokenizer, texts, pairs, model.config.max_text_tokens or window(tokenizer, model))
+    windows = None if model.config.windows is None else Windows(**model.config.windows)
+    return encode(tokenizer, texts, pairs, model.config.max_text_tokens or window(tokenizer, model), windows)
 
 
 def batches(

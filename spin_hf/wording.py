@@ -19,6 +19,9 @@ _ADVICE = tuple(
         (r'from_pretrained\(\.\.\., backbone="folder, id or a loaded model"\)', "--backbone with its folder or Hub id"),
         (r"with backbone=,", "with --backbone,"),
         (r"Leave depths and max_depth out", "Leave --max-depth out"),
+        (r"spin_calibrate\(\.\.\., windows=True, max_length=512\)", "--windows --max-length 512"),
+        (r"windows=True", "--windows"),
+        (r"Leave windows out", "Leave --windows out"),
         (r"dtype=torch\.bfloat16 or float32", "--dtype bfloat16 or float32"),
         (r'data\["SPLIT"\](, or of a name "NAME:SPLIT")?', "NAME:SPLIT"),
         (r"\b(Give|give|and) eval\b", r"\1 --validation"),
@@ -34,7 +37,7 @@ _ADVICE = tuple(
 )
 _OPTIONS = (
     *("text_column", "label_column", "problem_type", "max_features", "max_depth", "max_length", "batch_tokens"),
-    *("cache_dir", "min_confidence", "(?:cv|metric)(?==)"),
+    *("cache_dir", "min_confidence", "(?:cv|metric|overlap)(?==)"),
 )
 _OPTION = re.compile(
     rf"""(?<![\w\-./'"])(?P<name>{"|".join(_OPTIONS)})(?![\w/]|\.\w)"""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ..depth import nearest_depth, why_whole
 from ..modeling_spin import SpinForSequenceClassification
@@ -18,7 +19,7 @@ from ..structure import has_routed_experts
 from ..taps import Tap, model_device, tap_width
 from .cache import open_store, remembered
 from .errors import CalibrationError, demand_between, demand_whole
-from .extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
+from .extraction import Encoded, check_tokenizer, encode, extract, fingerprint, plan_batches, window
 from .fingerprint import tokenizer_fingerprint
 from .fits import Fits
 from .folds import check_sample_weight, prepare
@@ -32,6 +33,7 @@ from .result import CalibrationResult
 from .stages import conclude, probe_all, try_heads
 from .store import required_bytes
 from .task import Metric, Task
+from .windowing import check_window_options, make_windows
 
 
 @ending_together
@@ -59,6 +61,8 @@ def spin_calibrate(
     max_features: int | None = None,
     max_depth: int | None = None,
     max_length: int | None = None,
+    windows: bool = False,
+    overlap: int | None = None,
     batch_tokens: int = 4096,
     tol: float = 1e-4,
     cache_dir: str | Path | None = None,
@@ -79,7 +83,7 @@ def spin_calibrate(
     Args:
         model: from ``SpinForSequenceClassification.from_backbone``.
         tokenizer: the backbone's, with a pad token. Its ``model_max_length`` becomes the number of tokens a text is cut
-            to here, so that ``pipeline(..., truncation=True)`` cuts alike.
+            to here, so that ``pipeline(..., truncation=True)`` cuts alike; with ``windows`` there is none.
         train: ``datasets.Dataset`` or a stream of it, pandas frame, dict of columns, list of dicts, a pair (texts,
             labels), or a name: a csv, tsv, json, jsonl or parquet file, a folder of them, or ``NAME[/CONFIG][:SPLIT]``
             on the Hub. Of splits (``DatasetDict``) those for training and validation are found by name.
@@ -114,8 +118,11 @@ def spin_calibrate(
         depths: numbers of blocks to try; by default two, three, four and five fifths of them.
         max_features: most features a candidate may have (default 3072).
         max_depth: most blocks the classifier may run.
-        max_length: tokens per text; by default what tokenizer and backbone allow.
-        batch_tokens: padded tokens per batch of the extraction.
+        max_length: tokens per text, or of a window; by default what tokenizer and backbone allow.
+        windows: read texts that are longer in overlapping windows, here and in use, instead of cutting them. Each token
+            is pooled once, in the window where it stands farther from the end; see :mod:`spin_hf.windows`.
+        overlap: tokens that neighbouring windows share at least; by default a quarter of a window.
+        batch_tokens: padded tokens per batch of the extraction. Windows of a longer text run up to 4096 tokens at once.
         tol: relative duality gap of every probe and of the final head.
         cache_dir: keep features, probes and heads here, so that a run that was stopped goes on where it was, and one
             with other labels or settings on the same texts does not extract again. For processes on several machines,
@@ -123,7 +130,7 @@ def spin_calibrate(
         seed: of the split, folds and bootstrap.
         progress: show bars, estimates and the disk needed, on standard error.
         recalibrate: choose neurons and head anew, in the blocks there are, for a model whose backbone was trained or
-            got an adapter since its calibration. Its labels stay.
+            got an adapter since its calibration. Its labels stay; all else, as ``windows``, is as this call says.
 
     Returns:
         The record of what was tried and kept.
@@ -152,12 +159,15 @@ def spin_calibrate(
     demand_between("tol", tol, 0, 1)
     if max_length is not None:
         demand_whole("max_length", max_length, least=0)
+    check_window_options(windows, overlap)
     check_tokenizer(tokenizer, model)
     blocks = model.spin.depth
     tried_depths = _depths(model, recipe, whole=preset == "paper" and not (depths or max_depth))
     columns = {"text_column": text_column, "label_column": label_column}
     prepared = prepare(model, train, eval, cv, validation_fraction, seed, **columns)
     rows, names, labels, refit = prepared.rows, prepared.names, prepared.labels, prepared.refit
+    limit = _token_limit(max_length, tokenizer, model)
+    cut = make_windows(tokenizer, limit, overlap, pairs=rows.pairs is not None) if windows else None
     task = Task.make(model.config.problem_type, names, metric, multiclass)
     weights = check_sample_weight(sample_weight, prepared.trained, len(rows))
     class_weights = task.class_weights(labels[refit], class_weight)
@@ -174,8 +184,7 @@ def spin_calibrate(
         )
     with shown(progress and ranks.main) as show:
         with clock("tokenize"):
-            limit = _token_limit(max_length, tokenizer, model)
-            encoded = encode(tokenizer, rows.texts, rows.pairs, limit)
+            encoded = encode(tokenizer, rows.texts, rows.pairs, limit, cut)
         last = model.spin.taps[-1]  # also where no candidate may use it: the baseline is what a usual classifier reads
         read = taps if last in taps else [*taps, last]
         widths = {tap: tap_width(model.spin.backbone, model.spin.layout, tap) for tap in read}
@@ -195,7 +204,8 @@ def spin_calibrate(
         pad = int(tokenizer.pad_token_id)
         with clock("extract"):
             known = remembered(cache_dir, key).get("batching") if ranks.main else None
-            find = partial(find_batching, model.spin, read, encoded.input_ids, pad)
+            starts = [ids[: cut.size] for ids in encoded.input_ids] if cut else encoded.input_ids
+            find = partial(find_batching, model.spin, read, starts, pad)
             model.config.batching = ranks.on_main(lambda: known or find())
         batches = plan_batches(encoded.lengths, batch_tokens, model.config.batching)
         about = {"backbone": model.config.backbone_id, "texts": len(rows), "tokens": sum(encoded.lengths)}
@@ -224,7 +234,7 @@ def spin_calibrate(
     model.set_head(*task.as_logits(final.weight, final.intercept))
     model.config.logit_temperature = 1.0 if confidence is None else confidence.temperature
     model.config.text_pairs = rows.pairs is not None
-    _write_config(model, task, class_weights, limit, tokenizer)
+    _write_config(model, task, class_weights, encoded, tokenizer)
     everything = [probe for ranked in probes for probe in ranked]
     return CalibrationResult(
         chosen=replace(final.candidate, depth=depth),
@@ -239,7 +249,8 @@ def spin_calibrate(
             "evaluated": prepared.evaluated,
             "labels": list(names),
             "truncated": encoded.truncated,
-            "max_length": limit,
+            "max_length": encoded.max_length,
+            "windows": cut and {**cut.to_dict(), "texts": encoded.windowed},
             "tokens": sum(encoded.lengths),
         },
         seconds=ranks.on_main(lambda: {**clock.seconds, "total": time.perf_counter() - started}),
@@ -348,15 +359,18 @@ def _write_config(
     model: SpinForSequenceClassification,
     task: Task,
     class_weights: list[float] | None,
-    max_length: int | None,
+    encoded: Encoded,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     model.config.id2label = dict(enumerate(task.names))
     model.config.label2id = {name: index for index, name in enumerate(task.names)}
     model.config.class_weights = class_weights
-    model.config.max_text_tokens = max_length
-    if max_length is not None:
-        tokenizer.model_max_length = max_length
+    model.config.max_text_tokens = encoded.max_length
+    model.config.windows = None if encoded.windows is None else encoded.windows.to_dict()
+    if encoded.windows is not None:
+        tokenizer.model_max_length = VERY_LARGE_INTEGER  # transformers' own for no limit: the model cuts
+    elif encoded.max_length is not None:
+        tokenizer.model_max_length = encoded.max_length
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.tokenizer = tokenizer_fingerprint(tokenizer)
     model.config.architectures = [type(model).__name__]

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling_spin import SpinForSequenceClassification, SpinModel
-from ..pooling import pool
+from ..pooling import PositionsError, pool
 from ..taps import Tap, model_device
-from .errors import EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
+from ..windows import Windows
+from .errors import CalibrationError, EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
 from .fingerprint import vocabulary_of
 from .store import FORMAT, FeatureStore
 
@@ -26,12 +27,17 @@ _PROVENANCE = ("_name_or_path", "architectures", "dtype", "transformers_version"
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of every text, and how many texts were cut to ``max_length``."""
+    """Token ids of every text, and how many texts were cut to ``max_length`` or are longer than a window."""
 
     input_ids: list[list[int]]
     token_type_ids: list[list[int]] | None
     max_length: int | None
     truncated: int
+    windows: Windows | None = None
+
+    @property
+    def windowed(self) -> int:
+        return 0 if self.windows is None else sum(length > self.windows.size for length in self.lengths)
 
     @property
     def lengths(self) -> list[int]:
@@ -78,15 +84,21 @@ def window(tokenizer: PreTrainedTokenizerBase, model: SpinForSequenceClassificat
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, max_length: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    pairs: list[str] | None,
+    max_length: int | None,
+    windows: Windows | None = None,
 ) -> Encoded:
-    """Tokenize, cutting at ``max_length`` tokens and counting the cuts.
+    """Tokenize, cutting at ``max_length`` tokens and counting the cuts; whole texts where they are read in windows.
 
     Raises:
         EmptyTextError: if no text has a token.
     """
     full = tokenizer(texts, pairs, truncation=False, verbose=False)
     truncated = 0
+    if windows is not None:
+        max_length = None
     if max_length is not None:
         truncated = sum(len(ids) > max_length for ids in full["input_ids"])
         if truncated:
@@ -98,7 +110,7 @@ def encode(
     types = full.get("token_type_ids")
     if types is not None:
         types = [list(row) or [0] for row in types]
-    return Encoded([row or [filler] for row in ids], types, max_length, truncated)
+    return Encoded([row or [filler] for row in ids], types, max_length, truncated, windows)
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int, batching: str = "padded") -> list[list[int]]:
@@ -129,6 +141,8 @@ def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], pooling
     digest.update(repr((FORMAT, list(map(str, taps)), list(poolings), budget, str(model.backbone.dtype))).encode())
     settings = {name: value for name, value in model.backbone.config.to_dict().items() if name not in _PROVENANCE}
     digest.update(repr((model.layout, sorted(settings.items(), key=str))).encode())
+    if encoded.windows is not None:
+        digest.update(repr(encoded.windows).encode())
     for name, tensor in model.backbone.state_dict().items():
         digest.update(name.encode())
         weight = (_offloaded(model.backbone, name) if tensor.is_meta else tensor).detach().cpu()
@@ -155,13 +169,19 @@ def extract(
         advance: called with the number of tokens of each finished batch.
 
     Raises:
+        CalibrationError: for windows on a backbone that works on other positions than its tokens; with the first batch.
         NonFiniteFeaturesError: naming the tap that produced NaN or infinity.
         OutputFolderError: where the disk is full.
     """
     lengths = encoded.lengths
     taps = list(store.widths)
+    poolings = dict.fromkeys(taps, store.poolings)
     model.eval()
     device = model_device(model)
+
+    def read(tap: Tap, values: Tensor, mask: Tensor) -> list[Tensor]:
+        return list(pool(values, mask, store.poolings).unbind(1))
+
     with model.hooked(taps), closing(store):
         for number in numbers:
             rows = store.batches[number].tolist()
@@ -170,14 +190,11 @@ def extract(
             types = None
             if encoded.token_type_ids is not None:
                 types = pad([encoded.token_type_ids[row] for row in rows], 0).to(device)
-            pooled: dict[Tap, Tensor] = {}
-
-            def read(tap: Tap, values: Tensor, mask: Tensor = mask, pooled: dict[Tap, Tensor] = pooled) -> None:
-                pooled[tap] = pool(values, mask, store.poolings)
-
-            with model.recording(taps, read, mask):
-                model.run_backbone(batch, mask, types)
-            arrays = {tap: values.cpu().numpy() for tap, values in pooled.items()}
+            try:
+                pooled = model.pooled(poolings, read, mask, batch, types, windows=encoded.windows)
+            except PositionsError as error:
+                raise CalibrationError(str(error)) from error
+            arrays = {tap: torch.stack(parts, 1).cpu().numpy() for tap, parts in pooled.items()}
             for tap, array in arrays.items():
                 if not np.isfinite(array).all():
                     raise NonFiniteFeaturesError(

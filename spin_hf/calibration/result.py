@@ -103,6 +103,11 @@ class CalibrationResult:
             )
         if self.data["truncated"]:
             notes.append(f"{self.data['truncated']:,} texts were cut to {self.data['max_length']} tokens.")
+        if windows := self.data.get("windows"):
+            notes.append(
+                f"{windows['texts']:,} texts were read in windows of {windows['size']} tokens that share "
+                f"{windows['overlap']} or more."
+            )
         if self.convergence["unconverged"]:
             notes.append(
                 f"{self.convergence['unconverged']} probe fits missed the tolerance; the worst relative gap is "
