@@ -69,5 +69,5 @@ def _pool_one(values: Tensor, mask: Tensor, pooling: str) -> Tensor:
         position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         order = position if pooling == "last" else -position
         score = torch.where(mask, order, order.amin() - 1)
-        return values[torch.arange(len(values), device=values.device), score.argmax(1)].float()
+        return values[torch.arange(values.shape[0], device=values.device), score.argmax(1)].float()
     raise ValueError(f"Unknown pooling {pooling!r}. Choose from: {', '.join(POOLINGS)}.")
