@@ -52,7 +52,9 @@ def align_left(mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor, list[Tens
     """
     tokens = mask.shape[1]
     position = torch.arange(tokens, device=mask.device)
-    order = torch.where(mask.to(torch.bool), position, position + tokens).argsort(dim=1)  # no two alike, so it is stable
+    order = torch.where(mask.to(torch.bool), position, position + tokens).argsort(
+        dim=1
+    )  # no two alike, so it is stable
 
     def gather(tensor: Tensor) -> Tensor:
         index = order.to(tensor.device)

@@ -53,7 +53,8 @@ class _Recording:
                 raise TapError(
                     f"Tap {tap} was read {self.seen[tap]} times in one forward, not once. The module is skipped, or "
                     "shared and called again; name the right modules with blocks= and ffn=, or leave this kind out "
-                    "with kinds=."
+                    "with kinds=. Where torch.compile takes the backbone in parts, it forgets hooks: compile the whole "
+                    "with fullgraph=True, or set torch._dynamo.config.skip_nnmodule_hook_guards = False before."
                 )
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from builders import calibrated, make_backbone, make_batch
 
-from spin_hf import NotCalibratedError, SpinForSequenceClassification
+from spin_hf import NotCalibratedError, SpinForSequenceClassification, TapError
 from spin_hf.export import ExportError, export_onnx, export_program
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+# What the exporter says of its own insides turns into a failure of its own where it is an error.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
 def classifier(name):
@@ -52,8 +53,10 @@ def assert_same_logits(found, model, *, atol=1e-5):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles_without_graph_breaks(model, backend):
     compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
-    assert_same_logits(lambda **batch: compiled(**batch).logits, model)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # one, and those for sizes of 1
+    for batch in BATCHES[:2]:
+        with torch.no_grad():
+            assert torch.equal(compiled(**batch).logits, model(**batch).logits)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the same for another batch and length
 
 
 def test_copies_compile_to_their_own_weights(model):
@@ -68,13 +71,22 @@ def test_copies_compile_to_their_own_weights(model):
 
 @pytest.mark.parametrize("part", ["backbone", "block"])
 def test_a_part_of_the_backbone_may_be_compiled_alone(model, part):
-    """Its graph breaks where a tap is read, since what records it lies outside."""
+    """Its graph breaks where a tap is read, since what records it lies outside; hooks must be guarded on."""
     other = copy.deepcopy(model)
     spin = other.spin
-    module = spin.backbone if part == "backbone" else spin.layout.module(spin.backbone, 1)
+    module = spin.backbone if part == "backbone" else spin.layout.module(spin.backbone, 2)
     module.compile(backend="eager")
-    assert_same_logits(lambda **batch: other(**batch).logits, model)
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False), torch.no_grad():
+        assert torch.equal(other(**BATCHES[0]).logits, model(**BATCHES[0]).logits)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_hooks_that_a_compiled_part_forgot_are_an_error(model):
+    """Code of one block is run for the next, which has other hooks: torch doesn't look at them by default."""
+    other = copy.deepcopy(model)
+    other.spin.backbone.compile(backend="eager")
+    with pytest.raises(TapError, match="skip_nnmodule_hook_guards = False"), torch.no_grad():
+        other(**BATCHES[0])
 
 
 def test_a_compiled_model_learns_as_without():
@@ -91,14 +103,6 @@ def test_a_compiled_model_learns_as_without():
             torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
             learnt += bool(expected.grad.any())
     assert learnt > 10
-
-
-def test_a_tap_that_is_not_read_is_an_error_in_a_graph_too():
-    model = classifier("llama")
-    block = model.spin.layout.module(model.spin.backbone, 2)
-    block.mlp.forward = lambda hidden_states: hidden_states  # the down projection is skipped
-    with pytest.raises(Exception, match=r"Tap ffn\.2 was read 0 times|Tap"):
-        torch.compile(model, fullgraph=True, backend="eager")(**BATCHES[0])
 
 
 # -- torch.export ------------------------------------------------------------------------------------------------------
