@@ -1,4 +1,4 @@
-"""A finished classifier as one graph, of any batch size and length, for programs without this package: ONNX, ``.pt2``."""
+"""A finished classifier as one graph of any batch size and length: ONNX, and what ``torch.export.save`` writes."""
 
 from __future__ import annotations
 

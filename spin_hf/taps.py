@@ -142,7 +142,7 @@ class _Read:
         else:
             self._deliver_outside(value)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _deliver_outside(self, value: Any) -> None:
         """Break the graph, where a part of the backbone is compiled alone: what records it lies outside."""
         self._deliver(value)
