@@ -68,7 +68,7 @@ class Form:
             value = value.transpose(0, 1)
         if shape is None:
             return value
-        if value.dim() == 2 and len(value) == shape[0] * shape[1]:  # experts take all tokens of a batch in one row
+        if value.dim() == 2 and value.shape[0] == shape[0] * shape[1]:  # experts take all tokens of a batch in one row
             return value.reshape(*shape, -1)
         if value.dim() == 3 and value.shape[1] > shape[1]:  # filled up to a multiple of the model's window, or prefixed
             start = self.prefix if value.shape[1] == self.prefix + shape[1] else 0

@@ -232,7 +232,7 @@ class SpinModel(SpinPreTrainedModel):
             position_ids,
             inputs_embeds,
         )
-        if self.config.batching == "padded" or len(mask) == 1:
+        if self.config.batching == "padded" or mask.shape[0] == 1:
             features = self._read(mask, *inputs, **kwargs)
         else:
             found, numbers = [], []
@@ -335,7 +335,7 @@ class SpinModel(SpinPreTrainedModel):
         if given is None:
             raise ValueError("Give input_ids or inputs_embeds.")
         if attention_mask is None:
-            if len(given) > 1:
+            if given.shape[0] > 1 and not torch.compiler.is_compiling():
                 logger.warning_once("No attention_mask was given: every token is taken as real, padding included.")
             return torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         if attention_mask.shape != given.shape[:2]:

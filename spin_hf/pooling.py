@@ -50,7 +50,11 @@ def align_left(mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor, list[Tens
     Returns the mask and the tensors ``(batch, tokens, ...)`` gathered by one stable permutation per row; ``None`` stays
     ``None``. A batch that is already right padded comes back with equal values.
     """
-    order = mask.to(torch.bool).logical_not().to(torch.int8).argsort(dim=1, stable=True)
+    tokens = mask.shape[1]
+    position = torch.arange(tokens, device=mask.device)
+    order = torch.where(mask.to(torch.bool), position, position + tokens).argsort(
+        dim=1
+    )  # no two alike, so it is stable
 
     def gather(tensor: Tensor) -> Tensor:
         index = order.to(tensor.device)
@@ -67,7 +71,6 @@ def _pool_one(values: Tensor, mask: Tensor, pooling: str) -> Tensor:
         return values.masked_fill(~mask[..., None], -torch.inf).amax(1).float()
     if pooling in ("first", "last"):
         position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        order = position if pooling == "last" else -position
-        score = torch.where(mask, order, order.amin() - 1)
-        return values[torch.arange(len(values), device=values.device), score.argmax(1)].float()
+        score = torch.where(mask, position if pooling == "last" else position.flip(0), 0)
+        return values[torch.arange(values.shape[0], device=values.device), score.argmax(1)].float()
     raise ValueError(f"Unknown pooling {pooling!r}. Choose from: {', '.join(POOLINGS)}.")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,27 +19,61 @@ from .layout import tap_width as tap_width
 
 
 class _Recording:
-    """What one forward reads: the callback, how often each hook was called, and how often each tap was seen."""
+    """What one forward reads: the callback, how often each hook was called, and how often each tap was seen.
 
-    def __init__(self, read: Callable[[Tap, Tensor], None], shape: tuple[int, int] | None, form: Form) -> None:
-        self.read, self.shape, self.form = read, shape, form
-        self.calls: Counter[_Read] = Counter()
-        self.seen: Counter[Tap] = Counter()
+    A context: the forward runs inside.
+    """
+
+    def __init__(
+        self, taps: Sequence[Tap], read: Callable[[Tap, Tensor], None], shape: tuple[int, int] | None, form: Form
+    ) -> None:
+        self.taps, self.read, self.shape, self.form = taps, read, shape, form
+        self.calls: dict[_Read, int] = {}
+        self.seen: dict[Tap, int] = dict.fromkeys(taps, 0)
+
+    def __enter__(self) -> None:
+        global _traced
+        if torch.compiler.is_dynamo_compiling():
+            _traced = self
+        else:
+            self.token = _recording.set(self)
+
+    def __exit__(self, error: type[BaseException] | None, *args: object) -> None:
+        global _traced
+        if torch.compiler.is_dynamo_compiling():
+            _traced = None
+        else:
+            _recording.reset(self.token)
+        if error is None:
+            self._check()
+
+    def _check(self) -> None:
+        for tap in self.taps:
+            if self.seen[tap] != 1:
+                raise TapError(
+                    f"Tap {tap} was read {self.seen[tap]} times in one forward, not once. The module is skipped, or "
+                    "shared and called again; name the right modules with blocks= and ffn=, or leave this kind out "
+                    "with kinds=. Where torch.compile takes the backbone in parts, it forgets hooks: compile the whole "
+                    "with fullgraph=True, or set torch._dynamo.config.skip_nnmodule_hook_guards = False before."
+                )
 
 
 # One recording at a time in each thread and task. Hooks look it up here, so that they hold no reference to a model:
 # copies and threads stay right, and calls outside a recording (checkpoint recomputation) are ignored.
 _recording: ContextVar[_Recording | None] = ContextVar("spin_hf_recording", default=None)
 
+# The same for a forward that torch.compile traces, which follows no ContextVar. It is never set outside of a trace: an
+# assignment to a global takes effect when the traced code ends, and by then it is None again.
+_traced: _Recording | None = None
 
-@contextmanager
+
 def record(
     taps: Sequence[Tap],
     read: Callable[[Tap, Tensor], None],
     *,
     shape: tuple[int, int] | None = None,
     form: Form = Form(),  # noqa: B008 - frozen
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Call ``read(tap, activations (batch, tokens, width))`` for each tap of the forward run inside the context.
 
     Args:
@@ -52,19 +85,7 @@ def record(
     Raises:
         TapError: after the forward, if a tap was read twice or not at all.
     """
-    recording = _Recording(read, shape, form)
-    token = _recording.set(recording)
-    try:
-        yield
-    finally:
-        _recording.reset(token)
-    for tap in taps:
-        if recording.seen[tap] != 1:
-            raise TapError(
-                f"Tap {tap} was read {recording.seen[tap]} times in one forward, not once. The module is skipped, or "
-                "shared and called again; name the right modules with blocks= and ffn=, or leave this kind out with "
-                "kinds=."
-            )
+    return _Recording(taps, read, shape, form)
 
 
 def attach(backbone: nn.Module, layout: Layout, taps: Sequence[Tap]) -> list[RemovableHandle]:
@@ -112,16 +133,29 @@ class _Read:
         self.by_call, self.calls = by_call, calls
 
     def _deliver(self, value: Any) -> None:
-        recording = _recording.get()
-        if recording is None:
-            return
-        recording.calls[self] += 1
-        number = recording.calls[self]
+        if not torch.compiler.is_dynamo_compiling():
+            recording = _recording.get()
+            if recording is not None:
+                self._count(recording, value)
+        elif _traced is not None:
+            self._count(_traced, value)
+        else:
+            self._deliver_outside(value)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _deliver_outside(self, value: Any) -> None:
+        """Break the graph, where a part of the backbone is compiled alone: what records it lies outside."""
+        self._deliver(value)
+
+    def _count(self, recording: _Recording, value: Any) -> None:
+        number = recording.calls.get(self, 0) + 1
+        recording.calls[self] = number
         if not self.calls:
             recording.seen[self.by_call[1]] = 0
             self._read(recording, self.by_call[1], value)
         elif number > self.calls:
-            recording.seen[self.by_call[max(self.by_call)]] += 1
+            last = self.by_call[max(self.by_call)]
+            recording.seen[last] = recording.seen.get(last, 0) + 1
         elif number in self.by_call:
             self._read(recording, self.by_call[number], value)
 
@@ -131,8 +165,8 @@ class _Read:
         if not isinstance(value, Tensor) or value.dim() != 3:
             found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise TapError(f"Tap {tap} should see activations (batch, tokens, width), but it saw {found}.")
-        recording.seen[tap] += 1
-        if not torch.is_grad_enabled():
+        recording.seen[tap] = recording.seen.get(tap, 0) + 1
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             recording.read(tap, value)
             return
         # Inside a checkpointed block: what reading saves for backward is not recomputed, so the checkpoint must not

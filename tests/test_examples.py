@@ -119,6 +119,16 @@ def test_adaptation_table(run, tmp_path):
     assert all(numbers(line.split(" | ")[2]) for line in table[2:])
 
 
+def test_compile_benchmark():
+    options = ("--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--backend", "eager", "--rounds", 2)
+    found = json.loads(run_example("benchmarks/compile.py", *options, "--batch", 3, "--tokens", 9))
+    assert found["blocks"] == [2, 4]
+    assert found["equal_predictions"] == {"eager": True, "compiled": True, "full": True}
+    assert found["largest_difference"]["full"] == 0
+    assert found["size_ratio"] < 1
+    assert found["compile_speedup"] > 0
+
+
 def test_multi_label(run, tmp_path):
     shown = run("multi_label.py", "--rows", 150, "--out", tmp_path / "out", data="go_emotions")
     assert numbers(lines_of(shown, "Test, 150 texts")[0])

@@ -113,6 +113,15 @@ def test_calibrating_a_low_precision_backbone(dtype):
 
 
 @pytest.mark.parametrize("dtype", LOW)
+def test_wrapping_with_a_dtype(bert_backbone, tmp_path, dtype):
+    """Before there are features the head is empty, and float32 already."""
+    bert_backbone.save_pretrained(tmp_path)
+    model = SpinForSequenceClassification.from_backbone(tmp_path, dtype=dtype)
+    assert model.score.weight.dtype == model.spin.standardizer.mean.dtype == torch.float32
+    assert {parameter.dtype for parameter in model.spin.backbone.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", LOW)
 def test_autocast(model, dtype):
     batch, before = make_batch(), own_tensors(model)
     plain = model(**batch).logits

@@ -1,0 +1,182 @@
+"""A finished classifier as one graph: torch.compile, torch.export and ONNX give the logits of the model."""
+
+import copy
+import io
+
+import pytest
+import torch
+from builders import calibrated, make_backbone, make_batch
+
+from spin_hf import NotCalibratedError, SpinForSequenceClassification, TapError
+from spin_hf.export import ExportError, export_onnx, export_program
+
+# What the exporter says of its own insides turns into a failure of its own where it is an error.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+def classifier(name):
+    return calibrated(make_backbone(name), taps=["hidden.1", "ffn.2", "hidden.2"], depth=2)
+
+
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def model(request):
+    return classifier(request.param)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def left_padded(batch):
+    return {name: value.flip(1) for name, value in batch.items()}
+
+
+# Other sizes than those a graph was made with, padded on the other side, and one row alone.
+BATCHES = [
+    make_batch(rows=3, tokens=7),
+    left_padded(make_batch(rows=5, tokens=11, seed=1)),
+    left_padded({name: value[3:4] for name, value in make_batch(rows=5, tokens=11, seed=2).items()}),
+]
+
+
+def assert_same_logits(found, model, *, atol=1e-5):
+    for batch in BATCHES:
+        with torch.no_grad():
+            torch.testing.assert_close(found(**batch), model(**batch).logits, rtol=0, atol=atol)
+
+
+# -- torch.compile -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_without_graph_breaks(model, backend):
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
+    for batch in BATCHES[:2]:
+        with torch.no_grad():
+            assert torch.equal(compiled(**batch).logits, model(**batch).logits)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the same for another batch and length
+
+
+def test_copies_compile_to_their_own_weights(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.score.weight.mul_(2)
+    for each in (model, other):
+        compiled = torch.compile(each, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            assert torch.equal(compiled(**BATCHES[0]).logits, each(**BATCHES[0]).logits)
+
+
+@pytest.mark.parametrize("part", ["backbone", "block"])
+def test_a_part_of_the_backbone_may_be_compiled_alone(model, part):
+    """Its graph breaks where a tap is read, since what records it lies outside; hooks must be guarded on."""
+    other = copy.deepcopy(model)
+    spin = other.spin
+    module = spin.backbone if part == "backbone" else spin.layout.module(spin.backbone, 2)
+    module.compile(backend="eager")
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False), torch.no_grad():
+        assert torch.equal(other(**BATCHES[0]).logits, model(**BATCHES[0]).logits)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_hooks_that_a_compiled_part_forgot_are_an_error(model):
+    """Code of one block is run for the next, which has other hooks: torch doesn't look at them by default."""
+    other = copy.deepcopy(model)
+    other.spin.backbone.compile(backend="eager")
+    with pytest.raises(TapError, match="skip_nnmodule_hook_guards = False"), torch.no_grad():
+        other(**BATCHES[0])
+
+
+def test_a_compiled_model_learns_as_without():
+    labels = torch.tensor([0, 1, 1])
+    plain = classifier("llama")
+    plain.unfreeze_backbone()
+    other = copy.deepcopy(plain)
+    plain(**BATCHES[0], labels=labels).loss.backward()
+    torch.compile(other, fullgraph=True, backend="aot_eager")(**BATCHES[0], labels=labels).loss.backward()
+    learnt = 0
+    for (name, expected), found in zip(plain.named_parameters(), other.parameters(), strict=True):
+        assert (expected.grad is None) == (found.grad is None), name
+        if expected.grad is not None:
+            torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
+            learnt += bool(expected.grad.any())
+    assert learnt > 10
+
+
+# -- torch.export ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_any_batch_and_length(model, strict):
+    program = export_program(model, strict=strict)
+    assert_same_logits(lambda **batch: program.module()(**batch).logits, model)
+
+
+def test_an_exported_program_is_saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.export.save(export_program(model), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    assert_same_logits(lambda **batch: loaded(**batch).logits, model)
+
+
+# -- ONNX --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_onnx():
+    """``run_onnx(path)``: the file as a function, and the names of its inputs."""
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name, reason="ONNX needs the extra onnx")
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX needs the extra onnx")
+
+    def load(path):
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+        def run(**batch):
+            return torch.from_numpy(session.run(["logits"], {name: value.numpy() for name, value in batch.items()})[0])
+
+        return run, {given.name: given.shape for given in session.get_inputs()}
+
+    return load
+
+
+def test_onnx_has_the_logits_of_the_model(model, run_onnx, tmp_path):
+    run, inputs = run_onnx(export_onnx(model, tmp_path / "model.onnx"))
+    assert inputs == {name: ["batch", "tokens"] for name in ("input_ids", "attention_mask")}
+    assert_same_logits(run, model, atol=1e-4)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_onnx_of_text_pairs_takes_token_types(run_onnx, tmp_path):
+    model = classifier("bert")
+    model.config.text_pairs = True
+    run, inputs = run_onnx(export_onnx(model, tmp_path / "model.onnx"))
+    assert set(inputs) == {"input_ids", "attention_mask", "token_type_ids"}
+    batch = {**BATCHES[0], "token_type_ids": BATCHES[0]["input_ids"] % 2}
+    with torch.no_grad():
+        expected, otherwise = model(**batch).logits, model(**BATCHES[0]).logits
+    torch.testing.assert_close(run(**batch), expected, rtol=0, atol=1e-4)
+    assert (expected - otherwise).abs().max() > 1e-3
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_cant_be_exported_is_refused(monkeypatch):
+    with pytest.raises(NotCalibratedError, match="run spin_calibrate before exporting"):
+        export_program(SpinForSequenceClassification.from_backbone(make_backbone("bert")))
+    model = classifier("llama")
+    with pytest.raises(ExportError, match="LlamaModel takes no token_type_ids"):
+        export_program(model, token_type_ids=True)
+    monkeypatch.setattr(model.config, "batching", "equal_length")
+    with pytest.raises(ExportError, match="batches that are equal length"):
+        export_program(model)
+
+
+def test_onnx_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'onnx and onnxscript is missing. Run: pip install "spin_hf\[onnx\]"'):
+        export_onnx(classifier("bert"), tmp_path / "model.onnx")
