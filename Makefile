@@ -20,7 +20,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,test,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,onnx,test,dev]"
 	@touch $@
 
 demo: setup

@@ -38,7 +38,8 @@ def export_program(
 
     Raises:
         NotCalibratedError: for a model that could not be used.
-        ExportError: where the rows of a batch run apart from each other, or weights are offloaded.
+        ExportError: where the rows of a batch run apart from each other, long texts are read in windows, or weights are
+            offloaded.
     """
     inputs = _example(model, token_type_ids)
     shapes = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
@@ -93,6 +94,11 @@ def _example(model: SpinForSequenceClassification, token_type_ids: bool | None) 
         raise ExportError(
             f"{type(backbone).__name__} takes batches that are {model.config.batching.replace('_', ' ')}, so its rows "
             "can't run in one graph. Serve the model itself."
+        )
+    if model.config.windows:
+        raise ExportError(
+            "This classifier reads long texts in windows, as many as a text needs, which is no one graph. Serve the "
+            "model itself, or calibrate without windows."
         )
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ExportError("Some weights are offloaded. Load the classifier without device_map first.")

@@ -472,7 +472,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         if unknown := sorted({"id2label", "label2id"} & kwargs.keys()):  # the backbone's config would swallow them
             raise ValueError(f"Name labels in the order of their ids, by labels=[...] instead of {unknown[0]}=.")
         names = _label_names(labels, num_labels, problem_type)
-        if hasattr(backbone, "peft_config"):
+        if hasattr(backbone, "active_peft_config"):  # a PEFT model; what it leaves on a merged one differs by version
             raise ValueError(
                 "The backbone is adapted by PEFT. Merge the adapter into its weights first: "
                 "SpinForSequenceClassification.from_backbone(backbone.merge_and_unload(), ...)."

@@ -171,6 +171,10 @@ def test_what_cant_be_exported_is_refused(monkeypatch):
     model = classifier("llama")
     with pytest.raises(ExportError, match="LlamaModel takes no token_type_ids"):
         export_program(model, token_type_ids=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.config, "windows", {"size": 16, "overlap": 4, "before": 0, "after": 0})
+        with pytest.raises(ExportError, match="reads long texts in windows"):
+            export_program(model)
     monkeypatch.setattr(model.config, "batching", "equal_length")
     with pytest.raises(ExportError, match="batches that are equal length"):
         export_program(model)
