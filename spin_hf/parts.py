@@ -57,13 +57,7 @@ def text_part(model: PreTrainedModel, stacks: Stacks = "encoder") -> PreTrainedM
     if stacks == "both" and not encoder_decoder:
         raise ValueError(f"{type(model).__name__} is no encoder-decoder. Leave stacks out.")
     if stacks == "encoder" and encoder_decoder:
-        encoder = part.get_encoder()
-        if not isinstance(encoder, PreTrainedModel):
-            raise ValueError(
-                f"The encoder of {type(part).__name__} is no model of its own, so it can't be built and used alone. "
-                "Choose an encoder, a decoder, or another encoder-decoder."
-            )
-        part = _of_composite(encoder)
+        part = _of_composite(_encoder_of(part))
     _check_reads_text(type(part), type(model).__name__)
     return part
 
@@ -78,6 +72,25 @@ def check_config(config: PreTrainedConfig) -> None:
 def _check_reads_text(part: Any, name: str) -> None:
     if part.main_input_name != "input_ids":
         raise ValueError(f"{name} reads {part.main_input_name!r}, not text. Choose a model that takes input_ids.")
+
+
+def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The encoder as a model of the class that AutoModel would build; its modules are those of ``model``."""
+    auto, config = auto_class(model.config)
+    if auto is AutoModelForTextEncoding:
+        with torch.device("meta"):
+            alone: PreTrainedModel = auto.from_config(config)
+        for name, _ in list(alone.named_children()):
+            setattr(alone, name, getattr(model, name))
+        alone._is_hf_initialized = True  # or transformers would draw its embeddings anew
+        return alone
+    encoder = model.get_encoder()
+    if not isinstance(encoder, PreTrainedModel):
+        raise ValueError(
+            f"The encoder of {type(model).__name__} is no model of its own, so it can't be built and used alone. "
+            "Choose an encoder, a decoder, or another encoder-decoder."
+        )
+    return encoder
 
 
 def _of_composite(model: PreTrainedModel) -> PreTrainedModel:

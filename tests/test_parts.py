@@ -118,6 +118,25 @@ def test_a_model_that_wants_images_besides_text(tokenizer, sentiment_rows):
 # -- both stacks -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("name", "encoder"), [("T5Model", "T5EncoderModel"), ("MT5ForConditionalGeneration", "MT5EncoderModel")]
+)
+def test_the_encoder_of_a_loaded_model_is_that_of_its_folder(tmp_path, name, encoder):
+    torch.manual_seed(0)
+    config = hf.T5Config if name.startswith("T5") else hf.MT5Config
+    whole = getattr(hf, name)(config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=99)).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    loaded = SpinForSequenceClassification.from_backbone(whole)
+    named = SpinForSequenceClassification.from_backbone(str(tmp_path / "whole"))
+    assert type(loaded.spin.backbone).__name__ == type(named.spin.backbone).__name__ == encoder
+    with torch.no_grad():
+        outputs = [m.spin.backbone(**make_batch()).last_hidden_state for m in (loaded, named)]
+    assert torch.equal(*outputs)
+    weights = [m.spin.backbone.state_dict() for m in (loaded, named)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
 @pytest.mark.parametrize("model_type", ["t5", "bart", "mbart", "t5gemma"])
 def test_both_stacks_read_what_the_models_own_heads_read(model_type, tmp_path, tokenizer, sentiment_rows):
     whole = whole_model(model_type)
