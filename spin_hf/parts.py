@@ -94,6 +94,10 @@ def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _of_composite(model: PreTrainedModel) -> PreTrainedModel:
+    """The text part of a multimodal model; the whole where that can't be built alone and images go in with the text.
+
+    A dual encoder, which has ``get_text_features`` for texts alone, is no such whole and is refused.
+    """
     text = _text_config(model.config)
     if text is None:
         return model
@@ -101,7 +105,7 @@ def _of_composite(model: PreTrainedModel) -> PreTrainedModel:
         if module is not model and isinstance(module, PreTrainedModel) and type(module.config) is type(text):
             if isinstance(module, _class_of(text)):
                 return module
-            if not _class_of(text) and type(model.config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
+            if not _class_of(text) and hasattr(model, "get_text_features"):
                 raise ValueError(
                     f"{type(model).__name__} reads more than text, and AutoModel does not build its text part, a "
                     f"{type(module).__name__}, from a {type(text).__name__}, so that a saved classifier could not be "
