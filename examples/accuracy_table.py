@@ -202,13 +202,5 @@ if __name__ == "__main__":
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--paper-poolings", nargs="+", default=None, help="all four by default")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "accuracy_table.jsonl")
     parser.add_argument("--cache", type=Path, help="keep extracted features here")
-    parser.add_argument("--show", action="store_true", help="print the table of the results so far")
-    chosen = parser.parse_args()
-    if chosen.show:
-        sys.stdout.write(show(chosen.results) + "\n")
-    elif chosen.data is None:
-        parser.error("--data is needed: the folder with the data sets")
-    else:
-        run(chosen)
+    common.measure_or_show(parser, run, show, "accuracy_table.jsonl")

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import common
 import numpy as np
 import peft
 import torch
@@ -330,12 +331,4 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, help="at most so many of each split, for a trial")
     parser.add_argument("--calibrate-on", default=DEVICE, help="device of the calibration: cpu or cuda")
     parser.add_argument("--work", type=Path, help="keep the calibrated classifier here")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "adaptation_table.jsonl")
-    parser.add_argument("--show", action="store_true", help="print the table of the results so far")
-    chosen = parser.parse_args()
-    if chosen.show:
-        sys.stdout.write(show(chosen.results) + "\n")
-    elif chosen.data is None:
-        parser.error("--data is needed: the folder with the data sets")
-    else:
-        run(chosen)
+    common.measure_or_show(parser, run, show, "adaptation_table.jsonl")

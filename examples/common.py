@@ -6,7 +6,7 @@ import argparse
 import gzip
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,19 @@ def parser(doc: str | None, *, data: bool = False, rows: int | None = None, out:
     if out is not None:
         made.add_argument("--out", type=Path, default=Path(out), help=f"folder to write to (default: {out})")
     return made
+
+
+def measure_or_show(made: Any, run: Callable[[Any], None], show: Callable[[Path], str], results: str) -> None:
+    """The main program of a table of results: with ``--show`` print what there is, else measure what is missing."""
+    made.add_argument("--results", type=Path, default=Path(__file__).parent / results)
+    made.add_argument("--show", action="store_true", help="print the table of the results so far")
+    chosen = made.parse_args()
+    if chosen.show:
+        print(show(chosen.results))
+    elif chosen.data is None:
+        made.error("--data is needed: the folder with the data sets")
+    else:
+        run(chosen)
 
 
 def read_split(folder: Path, name: str, split: str) -> Rows:
