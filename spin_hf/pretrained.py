@@ -15,11 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from .backbone import HUB_ARGUMENTS, fitting_backbone, pinned_revision
-from .checkpoint import FORMS, Form, Weights, amend_config, dtype_name, fingerprints, is_own, staged
+from .checkpoint import FORMS, Form, Weights, amend_config, copy_code, dtype_name, fingerprints, is_own, staged
 from .configuration_spin import SpinConfig, unsealed
 from .gates import Gates
 from .quantization import is_quantized, saving_quantized, sparing_head
@@ -242,7 +241,7 @@ class SpinPreTrainedModel(PreTrainedModel):
             if not (folder / "config.json").exists():  # a process that does not write
                 return
             if form == "self_contained" or self._auto_class is not None:
-                custom_object_save(self, folder)
+                copy_code(folder)
                 changes["auto_map"] = _AUTO_MAP
             amend_config(folder, {**changes, "head_checksum": Weights.in_folder(folder).checksum()})
         if repository is not None:

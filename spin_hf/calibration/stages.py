@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..modeling_spin import FeatureGroup
+from ..features import FeatureGroup
 from ..taps import Tap
 from .confidence import Confidence
 from .errors import CalibrationError

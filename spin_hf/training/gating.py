@@ -7,8 +7,9 @@ import math
 import torch
 
 from ..depth import nearest_depth
+from ..features import FeatureGroup
 from ..gates import Gates
-from ..modeling_spin import FeatureGroup, NotCalibratedError, SpinForSequenceClassification
+from ..modeling_spin import NotCalibratedError, SpinForSequenceClassification
 from ..taps import model_device
 
 
