@@ -18,7 +18,8 @@ from .checkpoint import Form as Form
 from .configuration_spin import SpinConfig
 from .depth import truncate as truncate
 from .drift import sample as sample
-from .features import FeatureGroup as FeatureGroup
+from .exits import Exit, Exits, demand_exit
+from .features import FeatureGroup, described
 from .gates import Gates
 from .inputs import token_mask as token_mask
 from .labels import label_names
@@ -54,6 +55,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         self.score = _linear(config.num_features, config.num_labels)
         penalty = config.gate_penalty
         self.gates = None if penalty is None else Gates(config.num_features, penalty)
+        self.exits = Exits(config.exit_features, config.exits, config.num_labels) if config.exits else None
         self.model_tags = ["spin_hf", "text-classification"]  # of this model's push_to_hub; a list that it appends to
         self.post_init()
 
@@ -148,6 +150,50 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         self.score = score.to(model_device(self.spin.backbone))
         self.config.logit_temperature = 1.0
 
+    def set_exits(self, groups: Sequence[FeatureGroup], mean: Tensor, scale: Tensor, exits: Sequence[Exit]) -> None:
+        """Hold these heads for other depths and etas too. **In place.**
+
+        Args:
+            groups: the features that they share; one group per (tap, pooling).
+            mean, scale: shift and scale of each, ``(num_features,)`` in the order of ``groups``.
+            exits: the heads; no blocks are removed or brought back for them.
+        """
+        self.config.exit_features, self.config.exits = described(groups), [each.to_dict() for each in exits]
+        self.exits = Exits(self.config.exit_features, self.config.exits, self.config.num_labels)
+        self.exits.fill(groups, mean, scale, exits)
+        self.exits.to(model_device(self.spin.backbone))
+        self.spin.install_hooks()
+
+    def remove_exits(self) -> None:
+        """Hold no exits any more, and keep the blocks that they needed. **In place.**"""
+        self.config.exit_features, self.config.exits, self.exits = [], [], None
+        self.spin.install_hooks()
+
+    def keep_exit(self, exit: int | None) -> None:
+        """Make an ordinary classifier of one exit: drop the other heads, and the blocks above it. **In place.**
+
+        Its logits are those that ``model(..., exit=exit)`` gave. For several, work on copies (``copy.deepcopy``).
+
+        Args:
+            exit: its number in ``config.exits``; ``None`` for the head that the model answers with.
+
+        Raises:
+            ValueError: if there is no such exit.
+        """
+        exits, spin = demand_exit(self.exits, exit), self.spin
+        if exit is None:
+            kept, depth = spin.standardizer.select(spin.groups), spin.depth_for(spin.feature_groups())
+            weight: Tensor = self.score.weight
+            bias: Tensor = self.score.bias
+            temperature = self.config.logit_temperature
+        else:
+            kept, depth, head = exits.select(exit), self.config.exits[exit]["depth"], exits.head(exit)
+            weight, bias, temperature = head.weight, head.bias, head.temperature
+        self.remove_exits()
+        spin.set_features(kept.groups(), kept.mean, kept.scale, depth=depth)
+        self.set_head(weight, bias)
+        self.config.logit_temperature = temperature
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -158,6 +204,8 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
         labels: Tensor | None = None,
         features: Tensor | None = None,
         output_features: bool = False,
+        exit: int | None = None,
+        output_exits: bool = False,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> SpinSequenceClassifierOutput | tuple[Tensor, ...]:
@@ -174,13 +222,27 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
             features: standardised features ``(batch, num_features)`` read before, instead of texts: the backbone does
                 not run.
             output_features: return the feature vectors too.
+            exit: answer with this exit, by its number in ``config.exits``, instead of ``score``.
+            output_exits: return the logits of all exits too, from this one forward. They may differ from those that
+                each gives alone by rounding.
 
         Returns:
-            Loss (with labels), logits and, on request, features; a tuple where ``return_dict``, here or in the config,
-            is false.
+            Loss (with labels), logits and, on request, features and the exits' logits; a tuple where ``return_dict``,
+            here or in the config, is false.
+
+        Raises:
+            ValueError: for features that are not this model's, or an exit that it doesn't have.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        if features is None:
+        shared: list[Tensor] = []
+        if exit is not None or output_exits:
+            exits = demand_exit(self.exits, exit)
+            if features is not None:
+                raise ValueError("The exits read other features than these. Give texts, or leave the exits out.")
+            own = exits.select(exit) if exit is not None else self.spin.standardizer.select(self.spin.groups)
+            selections = [own, exits.select()] if output_exits else [own]
+            features, *shared = self.spin.read(selections, *inputs, **kwargs)
+        elif features is None:
             features = self.spin(*inputs, return_dict=True, **kwargs).features
         elif features.shape[1:] != (self.config.num_features,) or not self.calibrated:
             raise ValueError(
@@ -188,15 +250,19 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
                 "this model: spin_hf.training.store_features(model, tokenizer, data)."
             )
         with torch.autocast(features.device.type, enabled=False):
-            logits = self.score(features if self.gates is None else self.gates(features))
-            logits = logits / self.config.logit_temperature
+            if exit is None:
+                logits = self.score(features if self.gates is None else self.gates(features))
+                logits = logits / self.config.logit_temperature
+            else:
+                logits = exits.head(exit)(features)
+            exit_logits = exits(shared[0]) if shared else None
             loss = None if labels is None else self._loss(logits, labels.to(logits.device))
             if loss is not None and self.gates is not None and self.training:
                 loss = loss + self.gates.penalty()
         shown = features if output_features else None
         if not wants_dict(return_dict, self.config):
-            return tuple(part for part in (loss, logits, shown) if part is not None)
-        return SpinSequenceClassifierOutput(loss=loss, logits=logits, features=shown)
+            return tuple(part for part in (loss, logits, shown, exit_logits) if part is not None)
+        return SpinSequenceClassifierOutput(loss=loss, logits=logits, features=shown, exit_logits=exit_logits)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         weights = self.config.class_weights

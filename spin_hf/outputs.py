@@ -29,11 +29,13 @@ class SpinSequenceClassifierOutput(ModelOutput):
         loss: scalar, when labels were given.
         logits: ``(batch, num_labels)``, float32.
         features: the standardised features ``(batch, num_features)``, with ``output_features=True``.
+        exit_logits: those of every exit ``(batch, exits, num_labels)``, with ``output_exits=True``.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     features: Tensor | None = None
+    exit_logits: Tensor | None = None
 
 
 def wants_dict(asked: bool | None, config: SpinConfig) -> bool:

@@ -47,8 +47,11 @@ class SpinPreTrainedModel(PreTrainedModel):
     config_class = SpinConfig
     base_model_prefix = "spin"
     main_input_name = "input_ids"
-    # Not all of the standardizer: its indices would become floats.
-    _keep_in_fp32_modules_strict = ["score", "gates", "standardizer.mean", "standardizer.scale"]
+    # Not all of standardizer and exits: their indices would become floats.
+    _keep_in_fp32_modules_strict = [
+        *("score", "gates", "standardizer.mean", "standardizer.scale"),
+        *("exits.heads.*.weight", "exits.heads.*.bias"),
+    ]
 
     @property
     def calibrated(self) -> bool:
@@ -170,7 +173,7 @@ class SpinPreTrainedModel(PreTrainedModel):
                     )
                 tensor.copy_(value)
         body: Any = getattr(model, "spin", model)
-        for part in (body.standardizer, getattr(model, "score", None), getattr(model, "gates", None)):
+        for part in (body.standardizer, *(getattr(model, name, None) for name in ("score", "gates", "exits"))):
             if part is not None:
                 part.to(model_device(fitting))
         if (places := getattr(fitting, "hf_device_map", None)) is not None:
@@ -323,5 +326,6 @@ class SpinPreTrainedModel(PreTrainedModel):
         return {
             name: tensor
             for name, tensor in found.items()
-            if tensor.is_floating_point() and not {"score", "gates", "standardizer"}.isdisjoint(name.split(".")[:2])
+            if tensor.is_floating_point()
+            and not {"score", "gates", "exits", "standardizer"}.isdisjoint(name.split(".")[:2])
         }

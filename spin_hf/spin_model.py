@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from .backbone import build_backbone
 from .batching import split_rows
 from .configuration_spin import SpinConfig
-from .depth import truncate
+from .depth import nearest_depth, truncate
 from .drift import sample, warn_if_moved
-from .features import FeatureGroup, Standardizer, group_by_tap
+from .features import FeatureGroup, Selection, Standardizer, described, group_by_tap
 from .inputs import backbone_inputs, token_mask
 from .layout import Layout, Tap, TapError
 from .outputs import SpinModelOutput, wants_dict
@@ -69,12 +69,7 @@ class SpinModel(SpinPreTrainedModel):
 
     def feature_groups(self) -> list[FeatureGroup]:
         """The kept neurons, group by group, in the order of the feature vector."""
-        neurons = self.standardizer.neurons
-        return [
-            FeatureGroup(tap, pooling, neurons[start:stop])
-            for tap, parts in self.groups
-            for pooling, start, stop in parts
-        ]
+        return self.standardizer.select(self.groups).groups()
 
     def set_features(self, groups: Sequence[FeatureGroup], mean: Tensor, scale: Tensor, *, depth: int) -> None:
         """Read these neurons from now on, and remove the blocks above ``depth``. **Changes the model in place.**
@@ -84,27 +79,33 @@ class SpinModel(SpinPreTrainedModel):
             mean, scale: shift and scale of each feature, ``(num_features,)`` in the order of ``groups``.
             depth: blocks to keep.
         """
-        order = sorted(range(len(groups)), key=lambda i: (groups[i].tap.block, groups[i].tap.kind, groups[i].pooling))
-        if order != list(range(len(groups))):
-            raise ValueError("Feature groups must be sorted by block, kind and pooling.")
+        entries = described(groups)
+        deepest = max((entry["depth"] for entry in self.config.exits), default=0)
+        if deepest > depth:
+            raise ValueError(f"The exits need {deepest} blocks; remove them first: model.keep_exit(None).")
         truncate(self.backbone, self.layout, depth)
-        self.config.features = [
-            {"tap": str(group.tap), "pooling": group.pooling, "count": len(group.neurons)} for group in groups
-        ]
-        standardizer = Standardizer(self.config.num_features)
-        standardizer.neurons.copy_(torch.cat([group.neurons for group in groups]))
-        standardizer.mean.copy_(mean)
-        standardizer.scale.copy_(scale)
-        self.standardizer = standardizer.to(model_device(self.backbone))
+        self.config.features = entries
+        self.standardizer = Standardizer.of(groups, mean, scale).to(model_device(self.backbone))
         self.config.backbone_config = whole_config(self.backbone.config)
         self.install_hooks()
 
+    def depth_for(self, groups: Sequence[FeatureGroup]) -> int:
+        """The fewest blocks to which the backbone can be cut and still has the taps of these groups."""
+        if any(group.tap.kind == "norm" for group in groups):
+            return self.depth
+        return nearest_depth(self.backbone, self.layout, max(1, *(group.tap.block for group in groups)))
+
     def install_hooks(self) -> None:
-        """Read the kept taps of the backbone's modules as they are now, after a quantiser replaced them, say."""
+        """Read the kept taps of the backbone's modules as they are now, after a quantiser replaced them, say.
+
+        Those that only exits need have hooks too, which are idle until an exit is asked for.
+        """
         for hook in self._hooks:
             hook.remove()
         self.groups = group_by_tap(self.config.features)
-        self._hooks = attach(self.backbone, self.layout, [tap for tap, _ in self.groups])
+        exits = group_by_tap(self.config.exit_features)
+        taps = dict.fromkeys(tap for tap, _ in (*self.groups, *exits))
+        self._hooks = attach(self.backbone, self.layout, list(taps))
 
     @contextmanager
     def hooked(self, taps: Sequence[Tap]) -> Iterator[None]:
@@ -162,6 +163,26 @@ class SpinModel(SpinPreTrainedModel):
                 "This model was never calibrated, so it has nothing to predict with. "
                 "Call spin_calibrate(model, tokenizer, train_dataset) first, or load a calibrated checkpoint."
             )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        (features,) = self.read([self.standardizer.select(self.groups)], *inputs, **kwargs)
+        if not wants_dict(return_dict, self.config):
+            return (features,)
+        return SpinModelOutput(features=features)
+
+    def read(
+        self,
+        selections: Sequence[Selection],
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> list[Tensor]:
+        """The features ``(batch, num_features)`` of each selection, from one forward; its taps must have hooks.
+
+        The other arguments, and what is raised for them, are those of :meth:`forward`.
+        """
         mask, inputs = align_left(
             token_mask(input_ids, attention_mask, inputs_embeds),
             input_ids,
@@ -170,21 +191,23 @@ class SpinModel(SpinPreTrainedModel):
             inputs_embeds,
         )
         if self.config.batching == "padded" or mask.shape[0] == 1:
-            features = self._read(mask, *inputs, **kwargs)
-        else:
-            found, numbers = [], []
-            for rows, length in split_rows(mask, self.config.batching):
-                part = [None if given is None else given[rows.to(given.device), :length] for given in inputs]
-                found.append(self._read(mask[rows, :length], *part, **kwargs))
-                numbers.append(rows)
-            features = torch.cat(found)[torch.cat(numbers).argsort().to(found[0].device)]
-        if not wants_dict(return_dict, self.config):
-            return (features,)
-        return SpinModelOutput(features=features)
+            return self._read(selections, mask, *inputs, **kwargs)
+        found, numbers = [], []
+        for rows, length in split_rows(mask, self.config.batching):
+            part = [None if given is None else given[rows.to(given.device), :length] for given in inputs]
+            found.append(self._read(selections, mask[rows, :length], *part, **kwargs))
+            numbers.append(rows)
+        order = torch.cat(numbers).argsort()
+        return [torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*found, strict=True)]
 
-    def _read(self, mask: Tensor, *inputs: Tensor | None, **kwargs: Any) -> Tensor:
+    def _read(
+        self, selections: Sequence[Selection], mask: Tensor, *inputs: Tensor | None, **kwargs: Any
+    ) -> list[Tensor]:
         """The features of a right-padded batch that may run together."""
-        parts_of = dict(self.groups)
+        wanted: dict[Tap, list[tuple[str, Tensor]]] = {}
+        for selection in selections:
+            for tap, parts in selection.neurons:
+                wanted[tap] = [*wanted.get(tap, []), *parts]
         learns = torch.is_grad_enabled() and self._needs_gradient(inputs[-1])
 
         def read(tap: Tap, values: Tensor, mask: Tensor) -> list[Tensor]:
@@ -195,17 +218,22 @@ class SpinModel(SpinPreTrainedModel):
                 )
             found = []
             with torch.autocast(values.device.type, enabled=False):
-                for pooling, start, stop in parts_of[tap]:
-                    neurons = self.standardizer.neurons[start:stop].to(values.device)
-                    kept = values.index_select(-1, neurons)
-                    found.append(pool(kept, mask, [pooling])[:, 0].to(self.standardizer.mean.device))
+                for pooling, neurons in wanted[tap]:
+                    kept = values.index_select(-1, neurons.to(values.device))
+                    found.append(pool(kept, mask, [pooling])[:, 0].to(neurons.device))
             return found
 
-        poolings = {tap: [pooling for pooling, _, _ in parts] for tap, parts in self.groups}
+        poolings = {tap: [pooling for pooling, _ in parts] for tap, parts in wanted.items()}
         windows = None if self.config.windows is None else Windows(**self.config.windows)
         pooled = self.pooled(poolings, read, mask, *inputs, windows=windows, **kwargs)
+        features = []
         with torch.autocast(self.standardizer.mean.device.type, enabled=False):
-            features: Tensor = self.standardizer(torch.cat([part for tap, _ in self.groups for part in pooled[tap]], 1))
+            for selection in selections:
+                own = []
+                for tap, parts in selection.neurons:  # each tap's values stand in the order of the selections
+                    own += pooled[tap][: len(parts)]
+                    pooled[tap] = pooled[tap][len(parts) :]
+                features.append(selection.standardise(own))
         return features
 
     def pooled(
@@ -235,7 +263,8 @@ class SpinModel(SpinPreTrainedModel):
             found: dict[Tap, list[Tensor]] = {}
 
             def keep(tap: Tap, values: Tensor) -> None:
-                found[tap] = read(tap, values, tokens)
+                if tap in poolings:
+                    found[tap] = read(tap, values, tokens)
 
             with self.recording(list(poolings), keep, mask):
                 self.run_backbone(inputs[0], mask, *inputs[1:], **kwargs)
