@@ -84,12 +84,16 @@ def _one_line_errors(command: _F) -> _F:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         from .calibration import CalibrationError
         from .calibration.ranks import Ranks, ending_together
+        from .exits import ExitError
         from .hub import CardError, PushError
         from .modeling_spin import NotCalibratedError
         from .taps import TapError
         from .trust import CheckpointError
 
-        known = (UserError, CalibrationError, CardError, CheckpointError, NotCalibratedError, PushError, TapError)
+        known = (
+            *(UserError, CalibrationError, CardError, CheckpointError, ExitError),
+            *(NotCalibratedError, PushError, TapError),
+        )
         try:
             return ending_together(command)(*args, **kwargs)
         except known as error:
@@ -137,6 +141,7 @@ def calibrate(
     max_length: Annotated[int | None, typer.Option(help="Tokens per text, or of a window.")] = None,
     windows: Annotated[bool, typer.Option("--windows", help="Read longer texts in overlapping windows.")] = False,
     overlap: Annotated[int | None, typer.Option(help="Tokens that windows share; a quarter by default.")] = None,
+    exits: Annotated[bool, typer.Option("--exits", help="Keep a head for every depth and eta that was tried.")] = False,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
     limit: Annotated[int | None, typer.Option(help="Use so many rows of each file, drawn by --seed.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Keep the features here and take up a stopped run.")] = None,
@@ -204,6 +209,7 @@ def calibrate(
         max_length=max_length,
         windows=windows,
         overlap=overlap,
+        exits=exits,
         batch_tokens=batch_tokens,
         cache_dir=cache_dir,
         seed=seed,
@@ -232,6 +238,7 @@ def predict(
     ] = None,
     text_column: TextColumn = None,
     min_confidence: MinConfidence = None,
+    exit: Annotated[int | None, typer.Option(help="Answer with this exit; see calibrate --exits.")] = None,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
     backbone: Backbone = None,
@@ -252,6 +259,7 @@ def predict(
         None if second is None else [second[i] for i in given],
         batch_tokens=batch_tokens,
         min_confidence=min_confidence,
+        exit=exit,
     )
     answers = dict(zip(given, map(prediction.row, range(len(given))), strict=True))
     answer = next(iter(prediction.row(0)))  # "label", "labels" or "value"
