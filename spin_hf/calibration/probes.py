@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from ..taps import Tap
+from .losses import Loss
+from .paths import solve_paths
 from .solver import PathPoint, smallest_useful_C, solve_path
 from .task import Task
 
+Place = tuple[Tap, str]  # and its pooling
+
+_BYTES_TOGETHER = 2**31  # of features that a GPU solves together: more would not be faster
+_MOST_TOGETHER = 16
 _PATIENCE = 2  # points without a better score, or without a lower loss, after which a path ends
 
 
@@ -92,58 +98,110 @@ class Probe:
         return int((self.fits[-1].salience > 0).sum())
 
 
-def fit_probe(
-    features: Tensor,
-    tap: Tap,
-    pooling: str,
+def fit_probes(
+    features: Sequence[Tensor],
+    places: Sequence[Place],
     data: Labelled,
     *,
     Cs: int | Sequence[float],
     raw: bool = False,
     stop_early: bool = True,
     tol: float = 1e-4,
-) -> list[Probe]:
-    """Solve the path on every fold in step, and score each C on the rows held out.
+) -> list[list[Probe]]:
+    """Solve the path of each place on every fold in step, and score each C on the rows held out.
 
     Args:
-        features: ``(n, d)`` float32.
+        features: ``(n, d)`` float32 for each place, of one width and on one device. Those on a GPU are solved together.
+        places: tap and pooling of each.
         Cs: the grid, ascending; a number asks for that many, each twice the last, from twice the smallest C that
             gives any weight.
         raw: penalise the weights of the raw features instead of the standardised ones.
-        stop_early: end the path once the score, or the held-out loss, has not improved for two values of C.
+        stop_early: end a path once the score, or the held-out loss, has not improved for two values of C.
         tol: relative duality gap.
 
     Returns:
-        One probe per C, the best score first, then the strongest penalty.
+        For each place one probe per C, the best score first, then the strongest penalty.
     """
     loss = data.task.loss
-    fits = data.fits()
-    standard = [standardise(features, rows) for rows in fits]
-    grids = list(Cs) if not isinstance(Cs, int) else None
+    together = features[0].is_cuda
+    searches = [_Search(tap, pooling, data, raw=raw, stop_early=stop_early) for tap, pooling in places]
+    grids: list[list[float]] = []
+    alive = [True] * len(places)
     problems = []
-    for rows, (x, _, scale) in zip(fits, standard, strict=True):
+    for rows in data.fits():
+        x = features[0].new_empty(len(features), *features[0].shape)
+        for search, own, values in zip(searches, x, features, strict=True):
+            own[:], *statistics = standardise(values, rows)
+            search.standard.append((own, *statistics))
         y, s = data.targets[rows].to(x.device), data.weights[rows].to(x.device)
-        if grids is None:
-            assert isinstance(Cs, int)
-            start = smallest_useful_C(take(x, rows), y, s, loss)
-            grids = [start * 2.0 ** (i + 1) for i in range(Cs)] if np.isfinite(start) else []
-        factors = 1.0 / scale if raw else None
-        problems.append(solve_path(take(x, rows), y, s, loss, grids, factors=factors, tol=tol))
-    probes: list[Probe] = []
-    best = lowest = (np.inf, 0)  # what was reached, and how many points ago
+        trained = [take(own, rows) for own in x]
+        grids = grids or [_grid(part, y, s, loss, Cs) for part in trained]
+        factors = torch.stack([1.0 / search.standard[-1][2] for search in searches]) if raw else None
+        if together:
+            problems.append(solve_paths(take(x, rows), y, s, loss, grids, alive, factors=factors, tol=tol))
+        else:
+            problems.append(_in_turn(trained, y, s, loss, grids, alive, factors, tol))
     for points in zip(*problems, strict=True):
+        for i, search in enumerate(searches):
+            if alive[i]:
+                of_fits = [point for point in (of_fit[i] for of_fit in points) if point is not None]
+                alive[i] = search.add(of_fits)
+    return [search.ranked() for search in searches]
+
+
+class _Search:
+    """The path of one (tap, pooling), point by point, and when to end it."""
+
+    def __init__(self, tap: Tap, pooling: str, data: Labelled, *, raw: bool, stop_early: bool) -> None:
+        self.tap, self.pooling, self.data, self.raw, self.stop_early = tap, pooling, data, raw, stop_early
+        self.standard: list[tuple[Tensor, Tensor, Tensor]] = []  # for each fit
+        self.probes: list[Probe] = []
+        self.best = self.lowest = (np.inf, 0)  # what was reached, and how many points ago
+
+    def add(self, points: Sequence[PathPoint]) -> bool:
+        """Score a C's solutions, one for each fit. Whether weaker penalties are worth a try."""
+        if not points:
+            return False
         scores = [
             x[held_out] @ point.weight.T + point.intercept
-            for (_, held_out), (x, _, _), point in zip(data.folds, standard, points, strict=False)
+            for (_, held_out), (x, _, _), point in zip(self.data.folds, self.standard, points, strict=False)
         ]
-        score, predictions = data.score(scores)
-        probes.append(_probe(tap, pooling, score, predictions, points, standard, raw))
-        best, lowest = _least(best, -score), _least(lowest, data.held_out_loss(scores))
-        if stop_early and max(best[1], lowest[1]) >= _PATIENCE:
-            break
-    table = tuple((probe.C, probe.score) for probe in probes)
-    ranked = sorted(probes, key=lambda probe: (-probe.score, probe.C))
-    return [Probe(**{**vars(probe), "scores_by_C": table}) for probe in ranked]
+        score, predictions = self.data.score(scores)
+        self.probes.append(_probe(self.tap, self.pooling, score, predictions, points, self.standard, self.raw))
+        self.best = _least(self.best, -score)
+        self.lowest = _least(self.lowest, self.data.held_out_loss(scores))
+        return not self.stop_early or max(self.best[1], self.lowest[1]) < _PATIENCE
+
+    def ranked(self) -> list[Probe]:
+        table = tuple((probe.C, probe.score) for probe in self.probes)
+        ranked = sorted(self.probes, key=lambda probe: (-probe.score, probe.C))
+        return [replace(probe, scores_by_C=table) for probe in ranked]
+
+
+def _grid(x: Tensor, y: Tensor, s: Tensor, loss: Loss, Cs: int | Sequence[float]) -> list[float]:
+    if not isinstance(Cs, int):
+        return list(Cs)
+    start = smallest_useful_C(x, y, s, loss)
+    return [start * 2.0 ** (i + 1) for i in range(Cs)] if np.isfinite(start) else []
+
+
+def _in_turn(
+    xs: Sequence[Tensor],
+    y: Tensor,
+    s: Tensor,
+    loss: Loss,
+    grids: Sequence[Sequence[float]],
+    alive: Sequence[bool],
+    factors: Tensor | None,
+    tol: float,
+) -> Iterator[list[PathPoint | None]]:
+    """What :func:`solve_paths` yields, from a solver for each place."""
+    paths = [
+        solve_path(x, y, s, loss, grid, factors=None if factors is None else factors[i], tol=tol)
+        for i, (x, grid) in enumerate(zip(xs, grids, strict=True))
+    ]
+    for _ in range(max(map(len, grids))):
+        yield [next(path, None) if wanted else None for path, wanted in zip(paths, alive, strict=True)]
 
 
 def _least(reached: tuple[float, int], value: float) -> tuple[float, int]:
@@ -177,14 +235,30 @@ def _probe(
 
 
 def probe_bytes(width: int, rows: int, fits: int) -> int:
-    """Memory that :func:`fit_probe` needs: the features once, and twice more for each fit (by rows and by columns)."""
+    """Memory that :func:`fit_probes` needs for a place: its features, and twice more for each fit (rows, columns)."""
     return 4 * width * rows * (1 + 2 * fits)
 
 
+def in_groups(places: Sequence[Place], widths: Mapping[Tap, int], rows: int, device: torch.device) -> list[list[Place]]:
+    """Places to be solved together, of one width each: alone on a CPU, some on a GPU.
+
+    A function of its arguments alone, whatever the number of processes and what else is in memory: the grouping may
+    show in the last bits.
+    """
+    if device.type == "cpu":
+        return [[place] for place in places]
+    groups: list[list[Place]] = []
+    for width in dict.fromkeys(widths[tap] for tap, _ in places):
+        alike = [place for place in places if widths[place[0]] == width]
+        count = max(1, min(_MOST_TOGETHER, _BYTES_TOGETHER // (4 * width * rows)))
+        groups += [alike[i : i + count] for i in range(0, len(alike), count)]
+    return groups
+
+
 def take(x: Tensor, rows: np.ndarray) -> Tensor:
-    """Some rows, ascending; without a copy where they follow one another."""
+    """Some rows, ascending, of ``(..., n, d)``; without a copy where they follow one another."""
     start, stop = int(rows[0]), int(rows[-1]) + 1
-    return x[start:stop] if stop - start == len(rows) else x[rows]
+    return x[..., start:stop, :] if stop - start == len(rows) else x[..., rows, :]
 
 
 def standardise(features: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:

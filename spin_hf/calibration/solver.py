@@ -106,22 +106,27 @@ def solve_path(
 def balance(loss: Loss, scores: Tensor, intercept: Tensor, y: Tensor, s: Tensor) -> Tensor:
     """The best intercepts for these scores. Residuals then sum to zero, as dual feasibility demands.
 
-    Newton's method on the intercepts alone, halving the step of a column where the loss would rise.
+    Scores ``(..., n, K)``, intercepts ``(..., K)``, for any number of problems at once. Newton's method on the
+    intercepts alone, halving the step of a column where the loss would rise.
     """
     unit = s.sum()
     enough = 1e-12 * unit * y.abs().max()
-    value = loss.value(scores + intercept, y, s)
+
+    def at(intercept: Tensor) -> Tensor:
+        return scores + intercept[..., None, :]
+
+    value = loss.value(at(intercept), y, s)
     for _ in range(100):
-        total = loss.residual(scores + intercept, y, s).sum(0)
+        total = loss.residual(at(intercept), y, s).sum(-2)
         if total.abs().max() <= enough:
             break
-        bend = loss.intercept_curvature(scores + intercept, s)
+        bend = loss.intercept_curvature(at(intercept), s)
         if loss.coupled:
-            bend = bend + unit / len(bend)  # raising all classes alike changes nothing: keep the step free of it
-        bend.diagonal().add_(1e-12 * unit)
+            bend = bend + unit / bend.shape[-1]  # raising all classes alike changes nothing: keep the step free of it
+        bend.diagonal(dim1=-2, dim2=-1).add_(1e-12 * unit)
         step = torch.linalg.solve(bend, total)
         for _ in range(60):
-            trial = loss.value(scores + intercept + step, y, s)
+            trial = loss.value(at(intercept + step), y, s)
             worse = trial > value + 1e-15 * value.abs()
             if not worse.any():
                 break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from .confidence import Confidence
 from .errors import CalibrationError
 from .fits import Fits
 from .heads import HeadFitter, HeadSet, head_sets
-from .probes import Labelled, Probe, fit_probe
+from .probes import Labelled, Place, Probe, fit_probes, in_groups
 from .progress import Show
 from .ranks import Ranks
 from .recipe import Recipe
@@ -42,26 +43,33 @@ def probe_all(
         CalibrationError: if all of them are empty.
     """
 
-    def probe(place: tuple[Tap, str]) -> list[Probe]:
-        features = torch.from_numpy(store.read(*place)).to(fits.device)
-        ranked = fit_probe(
-            features, *place, data, Cs=recipe.Cs, raw=recipe.raw, stop_early=not recipe.shared_C, tol=tol
-        )
-        return [probe for probe in (ranked if recipe.shared_C else ranked[:1]) if probe.num_features]
+    def probe(group: list[Place]) -> list[list[Probe]]:
+        features = [torch.from_numpy(store.read(*place)).to(fits.device) for place in group]
+        found = fit_probes(features, group, data, Cs=recipe.Cs, raw=recipe.raw, stop_early=not recipe.shared_C, tol=tol)
+        wanted = [ranked if recipe.shared_C else ranked[:1] for ranked in found]
+        return [[probe for probe in ranked if probe.num_features] for ranked in wanted]
 
     settings = recipe.Cs, recipe.raw, recipe.shared_C, tol
     places = [(tap, pooling) for tap in taps for pooling in store.poolings]
-    with show.bar("Probing", len(places)) as advance:
-        found = ranks.map(
-            places,
-            lambda place: fits.keep(f"probe.{place[0]}.{place[1]}", settings, lambda: probe(place)),
-            cost=lambda place: store.widths[place[0]],
+    groups = in_groups(places, store.widths, store.rows, fits.device)
+    with show.bar("Probing", len(groups)) as advance:
+        solved = ranks.map(
+            groups,
+            lambda group: fits.keep(_named(group), settings, lambda: probe(group)),
+            cost=lambda group: sum(store.widths[tap] for tap, _ in group),
             advance=advance,
         )
+    by_place = dict(zip((place for group in groups for place in group), chain.from_iterable(solved), strict=True))
+    found = [by_place[place] for place in places]
     kept = [ranked for ranked in found if ranked]
     if not kept:
         raise CalibrationError("No neuron of any tap carries the label: every probe is empty. Try larger Cs.")
     return kept
+
+
+def _named(group: list[Place]) -> str:
+    (tap, pooling), others = group[0], len(group) - 1
+    return f"probe.{tap}.{pooling}" + (f"+{others}" if others else "")
 
 
 def try_heads(

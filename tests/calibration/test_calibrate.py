@@ -212,7 +212,7 @@ def test_a_killed_calibration_goes_on(wrap, tokenizer, rows, tmp_path, monkeypat
         assert torch.equal(value, whole.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("stage", ["fit_probe", "HeadFitter.fit", "HeadFitter.fit_final"])
+@pytest.mark.parametrize("stage", ["fit_probes", "HeadFitter.fit", "HeadFitter.fit_final"])
 def test_a_calibration_killed_after_the_extraction_goes_on(stage, wrap, tokenizer, rows, tmp_path, monkeypatch):
     whole = wrap()
     expected = spin_calibrate(whole, tokenizer, rows, **QUICK)
@@ -235,7 +235,7 @@ def test_a_calibration_killed_after_the_extraction_goes_on(stage, wrap, tokenize
     damaged[-3] ^= 1
     kept[-1].write_bytes(damaged)  # one of them is not to be trusted
     later = []
-    for where, called in ((stages, "fit_probe"), (HeadFitter, "fit")):
+    for where, called in ((stages, "fit_probes"), (HeadFitter, "fit")):
         run = getattr(where, called)
         monkeypatch.setattr(
             where, called, lambda *a, run=run, called=called, **k: (later.append(called), run(*a, **k))[1]
@@ -243,8 +243,8 @@ def test_a_calibration_killed_after_the_extraction_goes_on(stage, wrap, tokenize
     model = wrap()
     result = spin_calibrate(model, tokenizer, rows, cache_dir=tmp_path, **QUICK)
     probes, heads = 7 * 2, 3 * 3 * 3  # taps x poolings; kinds x poolings x depths, both and all of them included
-    left = {"fit_probe": (probes - 3, heads), "fit": (0, heads - 3), "fit_final": (0, 0)}[name]
-    assert (later.count("fit_probe"), later.count("fit")) == (left[0] + 1, left[1])
+    left = {"fit_probes": (probes - 3, heads), "fit": (0, heads - 3), "fit_final": (0, 0)}[name]
+    assert (later.count("fit_probes"), later.count("fit")) == (left[0] + 1, left[1])
     for key, value in model.state_dict().items():
         assert torch.equal(value, whole.state_dict()[key]), key
     assert {**result.to_dict(), "seconds": 0} == {**expected.to_dict(), "seconds": 0}

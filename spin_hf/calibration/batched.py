@@ -1,0 +1,336 @@
+"""Many penalised linear models at once, for a GPU: one pass over the features serves all taps and all penalties.
+
+The problems are those of :mod:`spin_hf.calibration.solver` and :mod:`spin_hf.calibration.ridge`, certified by the same
+duality gap. What is quick on a CPU, small factorisations on a working set, leaves a GPU idle. Here all ``B`` taps of
+one width and all ``C`` penalties step together by FISTA with restarts (Beck and Teboulle 2009; O'Donoghue and Candes
+2015): two products with the features a step, whatever the number of problems. Columns that are certified leave the
+batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .losses import Loss
+from .solver import balance
+
+_CHECK_EVERY = 25  # steps between two looks at the gaps
+_POWER_ROUNDS = 30
+_LEAST_WIDTH = 2048  # features up to which all are read in every step
+_LEAST_WORKING = 512
+_MOST_ROUNDS = 20
+
+
+class Penalty(Protocol):
+    """Of the weights ``(B, d, C, K)``; ``B`` is 1 where it is the same for all."""
+
+    def shrink(self, weight: Tensor, step: Tensor) -> Tensor:
+        """The proximal operator of ``step`` ``(B, 1, 1, 1)`` times the penalty."""
+        ...
+
+    def value(self, weight: Tensor) -> Tensor:
+        """``(B, C, K)``, float64."""
+        ...
+
+    def scale(self, gradient: Tensor, *, coupled: bool) -> Tensor:
+        """What to multiply the residuals by so that they are dual feasible, ``(B, C, K)``, from minus the gradient."""
+        ...
+
+    def conjugate(self, gradient: Tensor) -> Tensor:
+        """What the penalty takes off the dual objective, ``(B, C, K)``, float64."""
+        ...
+
+    def take(self, rows: Tensor, columns: Tensor) -> Penalty:
+        """Of some of the ``B`` and of the ``C``."""
+        ...
+
+
+@dataclass(frozen=True)
+class L1:
+    """``sum_j threshold_j |w_j|``, thresholds ``(B, d, C, 1)``; infinite where a weight may not enter."""
+
+    thresholds: Tensor
+
+    def shrink(self, weight: Tensor, step: Tensor) -> Tensor:
+        threshold = self.thresholds * step
+        return weight - weight.clamp(-threshold, threshold)
+
+    def value(self, weight: Tensor) -> Tensor:
+        return (self.thresholds * weight.abs()).masked_fill(weight == 0, 0.0).sum(1, dtype=torch.float64)
+
+    def scale(self, gradient: Tensor, *, coupled: bool) -> Tensor:
+        peak = (gradient.abs() / self.thresholds).amax(1).double()
+        if coupled:
+            peak = peak.amax(-1, keepdim=True).expand_as(peak)
+        return 1.0 / peak.clamp_min(1.0)
+
+    def conjugate(self, gradient: Tensor) -> Tensor:
+        return torch.zeros_like(gradient[:, 0], dtype=torch.float64)
+
+    def take(self, rows: Tensor, columns: Tensor) -> L1:
+        return L1(_take(self.thresholds, rows, columns))
+
+
+@dataclass(frozen=True)
+class L2:
+    """``ridge / 2 * sum_j w_j^2`` over the members ``(1, d, C, 1)``, ridge ``(1, 1, C, 1)``; others stay zero."""
+
+    ridge: Tensor
+    members: Tensor
+
+    def shrink(self, weight: Tensor, step: Tensor) -> Tensor:
+        return weight * (self.members / (1.0 + step * self.ridge))
+
+    def value(self, weight: Tensor) -> Tensor:
+        return (self.ridge / 2 * weight.square()).sum(1, dtype=torch.float64)
+
+    def scale(self, gradient: Tensor, *, coupled: bool) -> Tensor:
+        return torch.ones_like(gradient[:, 0], dtype=torch.float64)
+
+    def conjugate(self, gradient: Tensor) -> Tensor:
+        return (self.members * gradient.square() / (2 * self.ridge)).sum(1, dtype=torch.float64)
+
+    def take(self, rows: Tensor, columns: Tensor) -> L2:
+        return L2(_take(self.ridge, rows, columns), _take(self.members, rows, columns))
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """``weight`` ``(B, C, K, d)``, ``intercept`` ``(B, C, K)``, objective and relative gap ``(B, C)``; steps taken."""
+
+    weight: Tensor
+    intercept: Tensor
+    objective: Tensor
+    gap: Tensor
+    steps: int
+
+
+def solve_together(
+    x: Tensor,
+    y: Tensor,
+    s: Tensor,
+    loss: Loss,
+    penalty: Penalty,
+    columns: int,
+    *,
+    start: Tensor | None = None,
+    start_intercept: Tensor | None = None,
+    tol: float = 1e-4,
+    max_steps: int = 5000,
+) -> Solutions:
+    """Minimise ``sum_i s_i loss(x_i W + b, y_i)`` plus the penalty for each of ``B`` taps and ``columns`` penalties.
+
+    Args:
+        x: features ``(B, n, d)``, float32, standardised.
+        y: targets ``(n, K)``.
+        s: weights ``(n, 1)`` or ``(n, K)``.
+        penalty: of each weight.
+        columns: ``C``.
+        start, start_intercept: weights ``(B, C, K, d)`` and intercepts ``(B, C, K)`` to begin with.
+        tol: relative duality gap.
+        max_steps: after which what is not solved is returned with the gap that it has.
+    """
+    batch = _Batch(x, y, s, loss)
+    shape = (x.shape[0], x.shape[2], columns, y.shape[1])
+    weight = x.new_zeros(shape) if start is None else start.permute(0, 3, 1, 2).to(x).expand(shape).clone()
+    if start_intercept is None:
+        start_intercept = balance(loss, torch.zeros_like(batch.y), torch.zeros_like(batch.y[0]), batch.y, batch.s)
+    intercept = start_intercept.to(x).expand(shape[0], *shape[2:])[:, None].clone()
+    found = Solutions(
+        x.new_zeros(shape[0], shape[2], shape[3], shape[1]),
+        x.new_zeros(shape[0], *shape[2:]),
+        torch.zeros(shape[0], shape[2], dtype=torch.float64, device=x.device),
+        torch.full((shape[0], shape[2]), torch.inf, dtype=torch.float64, device=x.device),
+        0,
+    )
+    rows, kept = torch.arange(shape[0], device=x.device), torch.arange(columns, device=x.device)
+    state = _State.begin(weight, intercept)
+    steps = 0
+    while True:
+        objective, gap, balanced = batch.certify(state.weight, state.intercept, penalty)
+        better = gap < found.gap[rows[:, None], kept]
+        spots = torch.where(better)
+        at = rows[spots[0]], kept[spots[1]]
+        found.weight[at] = state.weight.permute(0, 2, 3, 1)[spots]
+        found.intercept[at] = balanced[spots].to(x.dtype)
+        found.objective[at], found.gap[at] = objective[spots], gap[spots]
+        left = found.gap[rows[:, None], kept] > tol
+        if steps >= max_steps or not bool(left.any()):
+            return Solutions(found.weight, found.intercept, found.objective, found.gap, steps)
+        some_rows, some = left.any(1), left.any(0)
+        if 4 * int(some_rows.sum()) <= 3 * len(rows) or not bool(some.all()):
+            some_rows = some_rows if 4 * int(some_rows.sum()) <= 3 * len(rows) else torch.ones_like(some_rows)
+            mine, ours = some_rows.nonzero()[:, 0], some.nonzero()[:, 0]
+            rows, kept = rows[mine], kept[ours]
+            batch, state, penalty = batch.take(mine), state.take(mine, ours), penalty.take(mine, ours)
+        for _ in range(_CHECK_EVERY):
+            state = batch.step(state, penalty)
+        steps += _CHECK_EVERY
+
+
+def solve_sparse(
+    x: Tensor,
+    y: Tensor,
+    s: Tensor,
+    loss: Loss,
+    thresholds: Tensor,
+    start: Tensor,
+    start_intercept: Tensor | None,
+    tol: float,
+) -> Solutions:
+    """:func:`solve_together` with an :class:`L1` penalty; wide features by working sets, one for a tap's columns.
+
+    Args:
+        x, y, s, loss, start, start_intercept, tol: as there.
+        thresholds: ``(B, d, C, 1)``.
+    """
+    columns, width = thresholds.shape[2], x.shape[2]
+    if width <= _LEAST_WIDTH:
+        penalty = L1(thresholds)
+        return solve_together(x, y, s, loss, penalty, columns, start=start, start_intercept=start_intercept, tol=tol)
+    whole = _Batch(x, y, s, loss)
+    found = whole.solutions(start, start_intercept, L1(thresholds))
+    for _ in range(_MOST_ROUNDS):
+        gap = float(found.gap.max())
+        if gap <= tol:
+            break
+        score = whole.violations(found, thresholds)  # (B, d)
+        alive = (found.weight != 0).any(2).any(1)
+        size = min(width, max(_LEAST_WORKING, 2 * int(alive.sum(1).max())))
+        working = (score + 10 * alive).topk(size, dim=1).indices
+        spread = working[:, None, None].expand(-1, *found.weight.shape[1:3], -1)
+        part = torch.stack([own[:, index] for own, index in zip(x, working, strict=True)])
+        solved = solve_together(
+            part,
+            y,
+            s,
+            loss,
+            L1(thresholds.expand(len(x), -1, -1, -1).gather(1, working[..., None, None].expand(-1, -1, columns, 1))),
+            columns,
+            start=found.weight.gather(3, spread),
+            start_intercept=found.intercept,
+            tol=max(tol / 2, gap / 10),
+        )
+        weight = torch.zeros_like(found.weight).scatter(3, spread, solved.weight)
+        steps = found.steps + solved.steps
+        found = replace(whole.solutions(weight, solved.intercept, L1(thresholds)), steps=steps)
+    return found
+
+
+@dataclass
+class _State:
+    """Weights ``(B, d, C, K)`` and intercepts ``(B, 1, C, K)``, the points ahead of them, and the momentum."""
+
+    weight: Tensor
+    intercept: Tensor
+    ahead: Tensor
+    ahead_intercept: Tensor
+    momentum: Tensor  # (B, 1, C, K)
+
+    @classmethod
+    def begin(cls, weight: Tensor, intercept: Tensor) -> _State:
+        return cls(weight, intercept, weight, intercept, torch.ones_like(intercept))
+
+    def take(self, rows: Tensor, columns: Tensor) -> _State:
+        return _State(*(_take(part, rows, columns) for part in vars(self).values()))
+
+
+class _Batch:
+    def __init__(self, x: Tensor, y: Tensor, s: Tensor, loss: Loss) -> None:
+        self.x, self.loss = x, loss
+        self.y, self.s = y.double().to(x.device), s.double().to(x.device)
+        self.targets, self.row_weights = self.y.to(x.dtype)[:, None], self.s.to(x.dtype)[:, None]  # (n, 1, K)
+
+    def take(self, rows: Tensor) -> _Batch:
+        if len(rows) == len(self.x):
+            return self
+        part = _Batch(self.x[rows], self.y, self.s, self.loss)
+        part.bound = self.bound[rows]
+        return part
+
+    @functools.cached_property
+    def bound(self) -> Tensor:
+        """Of the Hessian, ``(B, 1, 1, 1)``: the largest curvature of a row times the largest eigenvalue."""
+        s = self.row_weights.amax(-1)[None]  # (1, n, 1)
+        v, c = self.x[:, :1].mT + 1e-3, self.x.new_ones(len(self.x), 1, 1)
+        largest = c
+        for _ in range(_POWER_ROUNDS):
+            length = (v.square().sum(1, keepdim=True) + c.square()).sqrt()
+            v, c = v / length, c / length
+            rows = s * (torch.bmm(self.x, v) + c)
+            v, c = torch.bmm(self.x.mT, rows), rows.sum(1, keepdim=True)
+            largest = (v.square().sum(1, keepdim=True) + c.square()).sqrt()
+        return (1.05 * self.loss.bound * largest)[..., None].clamp_min(1e-30)
+
+    def scores(self, weight: Tensor) -> Tensor:
+        """``(B, n, C, K)``, without intercept."""
+        scores: Tensor = torch.bmm(self.x, weight.flatten(2)).unflatten(2, weight.shape[2:])
+        return scores
+
+    def pull(self, residual: Tensor) -> Tensor:
+        """Minus the gradient ``(B, d, C, K)`` of residuals ``(B, n, C, K)``."""
+        gradient: Tensor = torch.bmm(self.x.mT, residual.flatten(2)).unflatten(2, residual.shape[2:])
+        return gradient
+
+    def step(self, state: _State, penalty: Penalty) -> _State:
+        step = 1.0 / self.bound
+        residual = self.loss.residual(self.scores(state.ahead) + state.ahead_intercept, self.targets, self.row_weights)
+        weight = penalty.shrink(state.ahead + step * self.pull(residual), step)
+        intercept = state.ahead_intercept + step * residual.sum(1, keepdim=True)
+        moved, back = weight - state.weight, intercept - state.intercept
+        uphill = ((state.ahead - weight) * moved).sum(1, keepdim=True)
+        uphill = uphill + (state.ahead_intercept - intercept) * back
+        if self.loss.coupled:
+            uphill = uphill.sum(-1, keepdim=True)
+        momentum = torch.where(uphill > 0, 1.0, state.momentum)
+        following = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
+        speed = (momentum - 1) / following
+        return _State(weight, intercept, weight + speed * moved, intercept + speed * back, following)
+
+    def certify(self, weight: Tensor, intercept: Tensor, penalty: Penalty) -> tuple[Tensor, Tensor, Tensor]:
+        """Objective ``(B, C)``, relative gap ``(B, C)`` and the best intercepts ``(B, C, K)``, one tap at a time."""
+        objectives, gaps, balanced = [], [], []
+        everything = torch.arange(weight.shape[2], device=weight.device)
+        for i in range(len(weight)):
+            one = torch.tensor([i], device=weight.device)
+            part, x = penalty.take(one, everything), self.x[i : i + 1]
+            z = torch.bmm(x, weight[one].flatten(2)).unflatten(2, weight.shape[2:]).permute(0, 2, 1, 3).double()
+            best = balance(self.loss, z, intercept[i].double(), self.y, self.s)
+            z = z + best[..., None, :]
+            residual = self.loss.residual(z, self.y, self.s)  # (1, C, n, K)
+            flat = residual.permute(0, 2, 1, 3).to(x.dtype)
+            gradient = torch.bmm(x.mT, flat.flatten(2)).unflatten(2, flat.shape[2:])
+            scale = part.scale(gradient, coupled=self.loss.coupled)
+            primal = self.loss.value(z, self.y, self.s) + part.value(weight[one])
+            dual = self.loss.dual(residual * scale[..., None, :], self.y, self.s) - part.conjugate(gradient)
+            if self.loss.coupled:
+                primal, dual = primal.sum(-1, keepdim=True), dual.sum(-1, keepdim=True)
+            gaps.append(((primal - dual).clamp_min(0) / primal.clamp_min(1e-300)).amax(-1))
+            objectives.append(primal.sum(-1))
+            balanced.append(best)
+        return torch.cat(objectives), torch.cat(gaps), torch.cat(balanced)
+
+    def solutions(self, weight: Tensor, intercept: Tensor | None, penalty: Penalty) -> Solutions:
+        """These weights ``(B, C, K, d)`` as they are, certified."""
+        by_feature = weight.permute(0, 3, 1, 2).contiguous()
+        if intercept is None:
+            intercept = weight.new_zeros(weight.shape[:3])
+        objective, gap, balanced = self.certify(by_feature, intercept[:, None], penalty)
+        return Solutions(weight, balanced.to(weight.dtype), objective, gap, 0)
+
+    def violations(self, found: Solutions, thresholds: Tensor) -> Tensor:
+        """How far each feature's gradient comes to its threshold, ``(B, d)``: 1 is where it may enter."""
+        scores = self.scores(found.weight.permute(0, 3, 1, 2)) + found.intercept[:, None]
+        residual = self.loss.residual(scores, self.targets, self.row_weights)
+        return (self.pull(residual).abs() / thresholds).amax((2, 3))
+
+
+def _take(part: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Some rows and columns of ``(B, d, C, ...)``, where it has more than one of them."""
+    part = part if len(part) == 1 else part[rows]
+    return part if part.shape[2] == 1 or len(columns) == part.shape[2] else part[:, :, columns]

@@ -1,0 +1,89 @@
+"""Paths of sparse probes of many taps at once, on a GPU: some values of C at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .batched import solve_sparse
+from .losses import Loss
+from .solver import PathPoint, solve_path
+
+_AT_ONCE = 4  # values of C: the strongest are most worth their while, and where a path ends the weaker were for nothing
+
+
+def solve_paths(
+    x: Tensor,
+    y: Tensor,
+    s: Tensor,
+    loss: Loss,
+    grids: Sequence[Sequence[float]],
+    alive: Sequence[bool],
+    *,
+    factors: Tensor | None = None,
+    tol: float = 1e-4,
+) -> Iterator[list[PathPoint | None]]:
+    """Yield for each value of C one :class:`PathPoint` per tap, as :func:`~spin_hf.calibration.solver.solve_path` does.
+
+    Args:
+        x: features ``(B, n, d)``, float32, standardised.
+        y, s, loss, tol: as there.
+        grids: values of C of each tap, ascending; an empty one for a tap that has no path.
+        alive: looked at before each group of values: a tap whose path has ended yields ``None`` from then on.
+        factors: penalty of each feature relative to ``1 / C``, ``(B, d)``.
+    """
+    weight = x.new_zeros(len(x), y.shape[1], x.shape[2])  # of the last C
+    intercept: Tensor | None = None
+    for first in range(0, max(map(len, grids)), _AT_ONCE):
+        which = [i for i, grid in enumerate(grids) if alive[i] and len(grid) > first]
+        if not which:
+            return
+        Cs = [grids[i][first : first + _AT_ONCE] for i in which]
+        part = x if len(which) == len(x) else x[which]
+        scaled = None if factors is None else factors[which]
+        known = None if intercept is None else intercept[which]
+        points = _solve_group(part, y, s, loss, Cs, scaled, weight[which], known, tol)
+        intercept = x.new_zeros(weight.shape[:2]) if intercept is None else intercept
+        for i, path in zip(which, points, strict=True):
+            weight[i], intercept[i] = path[-1].weight, path[-1].intercept
+        for step in range(max(map(len, Cs))):
+            found: list[PathPoint | None] = [None] * len(x)
+            for i, path in zip(which, points, strict=True):
+                found[i] = path[step] if step < len(path) else None
+            yield found
+
+
+def _solve_group(
+    x: Tensor,
+    y: Tensor,
+    s: Tensor,
+    loss: Loss,
+    Cs: Sequence[Sequence[float]],
+    factors: Tensor | None,
+    start: Tensor,
+    start_intercept: Tensor | None,
+    tol: float,
+) -> list[list[PathPoint]]:
+    """The points of some values of C for each of ``B`` taps."""
+    penalties = 1.0 / torch.tensor(Cs, dtype=torch.float32, device=x.device)  # (B, C)
+    scale = x.new_ones(1, x.shape[2]) if factors is None else factors
+    thresholds = scale[:, :, None, None] * penalties[:, None, :, None]
+    weight = start[:, None].expand(-1, len(Cs[0]), -1, -1)
+    intercept = None if start_intercept is None else start_intercept[:, None].expand(-1, len(Cs[0]), -1)
+    found = solve_sparse(x, y, s, loss, thresholds, weight, intercept, tol)
+    points = []
+    for i, values in enumerate(Cs):
+        path = []
+        for c, C in enumerate(values):
+            gap = float(found.gap[i, c])
+            point = PathPoint(
+                C, found.weight[i, c], found.intercept[i, c], float(found.objective[i, c]), gap, found.steps, gap <= tol
+            )
+            if gap > tol:  # ill-conditioned: exact steps get there
+                own = None if factors is None else factors[i]
+                point = next(solve_path(x[i], y, s, loss, [C], factors=own, start=point.weight, tol=tol))
+            path.append(point)
+        points.append(path)
+    return points
