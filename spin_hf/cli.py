@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from .calibration import CalibrationResult
+from .explain.command import report
 from .hub.command import push
 from .loading import (
     UserError,
@@ -84,12 +85,16 @@ def _one_line_errors(command: _F) -> _F:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         from .calibration import CalibrationError
         from .calibration.ranks import Ranks, ending_together
+        from .explain.page import MissingExtraError
         from .hub import CardError, PushError
         from .modeling_spin import NotCalibratedError
         from .taps import TapError
         from .trust import CheckpointError
 
-        known = (UserError, CalibrationError, CardError, CheckpointError, NotCalibratedError, PushError, TapError)
+        known = (
+            *(UserError, CalibrationError, CardError, CheckpointError, MissingExtraError, NotCalibratedError),
+            *(PushError, TapError),
+        )
         try:
             return ending_together(command)(*args, **kwargs)
         except known as error:
@@ -358,6 +363,7 @@ def demo(
 
 
 app.command()(_one_line_errors(push))
+app.command()(_one_line_errors(report))
 
 
 def _ago(seconds: float) -> str:

@@ -1,0 +1,1 @@
+"""See inside a classifier: what speaks for an answer, and a report of it all."""
