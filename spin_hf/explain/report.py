@@ -165,7 +165,8 @@ class Report:
     def _facts(self) -> str:
         labels, chosen = self.result.data["labels"], self.result.chosen
         what = "It predicts a number" if self.result.confidence is None else f"It knows {len(labels):,} labels"
-        return f"{what}, reads {self._neurons:,} neurons, and runs {chosen.depth} of the backbone's blocks."
+        neurons = f"{self._neurons:,} neuron{'s' * (self._neurons != 1)}"
+        return f"{what}, reads {neurons}, and runs {chosen.depth} of the backbone's blocks."
 
     @property
     def _neurons(self) -> int:
