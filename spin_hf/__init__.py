@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from .calibration import CalibrationResult, spin_calibrate
 from .configuration_spin import SpinConfig
 from .estimator import SpinClassifier, SpinRegressor
-from .modeling_spin import NotCalibratedError, SpinForSequenceClassification, SpinModel
+from .modeling_spin import NotCalibratedError, SpinForSequenceClassification
+from .spin_model import SpinModel
 from .taps import TapError
 from .training import lora_targets
 from .trust import CheckpointError

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import cached_file
 
 from .layout import Layout
@@ -76,6 +78,13 @@ def amend_config(folder: Path, changes: Mapping[str, Any]) -> None:
     values = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     kept = _without_trust({name: value for name, value in values.items() if value is not None or name not in changes})
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_code(folder: Path) -> None:
+    """Put the runtime's modules next to a self-contained checkpoint, whichever of the two models it holds."""
+    first = Path(__file__).with_name("modeling_spin.py")
+    for path in (first, *get_relative_import_files(first)):
+        shutil.copyfile(path, folder / Path(path).name)
 
 
 def _without_trust(values: Any) -> Any:

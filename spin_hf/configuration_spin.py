@@ -12,7 +12,14 @@ from transformers.utils import logging
 
 from .batching import BATCHINGS, Batching
 from .trust import CheckpointError as CheckpointError
-from .trust import check_values, checked_features, checked_layout, remote_code_is_trusted, trusting_remote_code
+from .trust import (
+    check_values,
+    checked_exits,
+    checked_features,
+    checked_layout,
+    remote_code_is_trusted,
+    trusting_remote_code,
+)
 from .windows import checked_windows
 
 logger = logging.get_logger(__name__)
@@ -32,6 +39,9 @@ class SpinConfig(PreTrainedConfig):
             share a module.
         features: what the classifier reads, one entry ``{"tap": "ffn.3", "pooling": "mean", "count": 120}`` per tap
             and pooling; empty until calibrated. The neurons' indices are a buffer of the model.
+        exits: the heads for other depths and etas, if calibration was asked for them, one entry ``{"depth": 4, "eta":
+            0.8, "num_features": 120, "score": 0.91, "temperature": 1.0}`` each.
+        exit_features: the features that they share, as ``features`` has them.
         class_weights: weight of each label in the training loss, in the order of ``id2label``.
         max_text_tokens: tokens per text that calibration used; longer texts were cut.
         windows: how texts longer than a window are read in windows, the values of :class:`Windows`; ``None`` if they
@@ -64,6 +74,8 @@ class SpinConfig(PreTrainedConfig):
         backbone_revision: str | None = None,
         layout: dict[str, Any] | None = None,
         features: list[dict[str, Any]] | None = None,
+        exits: list[dict[str, Any]] | None = None,
+        exit_features: list[dict[str, Any]] | None = None,
         class_weights: list[float] | None = None,
         max_text_tokens: int | None = None,
         windows: dict[str, int] | None = None,
@@ -96,6 +108,8 @@ class SpinConfig(PreTrainedConfig):
             self.backbone_config = unsealed(self)
         self.layout = checked_layout(layout)
         self.features = checked_features(features or [])
+        self.exits = checked_exits(exits or [])
+        self.exit_features = checked_features(exit_features or [])
         self.class_weights = class_weights
         self.max_text_tokens = max_text_tokens
         self.windows = checked_windows(windows)

@@ -15,11 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from .backbone import HUB_ARGUMENTS, fitting_backbone, pinned_revision
-from .checkpoint import FORMS, Form, Weights, amend_config, dtype_name, fingerprints, is_own, staged
+from .checkpoint import FORMS, Form, Weights, amend_config, copy_code, dtype_name, fingerprints, is_own, staged
 from .configuration_spin import SpinConfig, unsealed
 from .gates import Gates
 from .quantization import is_quantized, saving_quantized, sparing_head
@@ -48,8 +47,11 @@ class SpinPreTrainedModel(PreTrainedModel):
     config_class = SpinConfig
     base_model_prefix = "spin"
     main_input_name = "input_ids"
-    # Not all of the standardizer: its indices would become floats.
-    _keep_in_fp32_modules_strict = ["score", "gates", "standardizer.mean", "standardizer.scale"]
+    # Not all of standardizer and exits: their indices would become floats.
+    _keep_in_fp32_modules_strict = [
+        *("score", "gates", "standardizer.mean", "standardizer.scale"),
+        *("exits.heads.*.weight", "exits.heads.*.bias"),
+    ]
 
     @property
     def calibrated(self) -> bool:
@@ -171,7 +173,7 @@ class SpinPreTrainedModel(PreTrainedModel):
                     )
                 tensor.copy_(value)
         body: Any = getattr(model, "spin", model)
-        for part in (body.standardizer, getattr(model, "score", None), getattr(model, "gates", None)):
+        for part in (body.standardizer, *(getattr(model, name, None) for name in ("score", "gates", "exits"))):
             if part is not None:
                 part.to(model_device(fitting))
         if (places := getattr(fitting, "hf_device_map", None)) is not None:
@@ -242,7 +244,7 @@ class SpinPreTrainedModel(PreTrainedModel):
             if not (folder / "config.json").exists():  # a process that does not write
                 return
             if form == "self_contained" or self._auto_class is not None:
-                custom_object_save(self, folder)
+                copy_code(folder)
                 changes["auto_map"] = _AUTO_MAP
             amend_config(folder, {**changes, "head_checksum": Weights.in_folder(folder).checksum()})
         if repository is not None:
@@ -324,5 +326,6 @@ class SpinPreTrainedModel(PreTrainedModel):
         return {
             name: tensor
             for name, tensor in found.items()
-            if tensor.is_floating_point() and not {"score", "gates", "standardizer"}.isdisjoint(name.split(".")[:2])
+            if tensor.is_floating_point()
+            and not {"score", "gates", "exits", "standardizer"}.isdisjoint(name.split(".")[:2])
         }

@@ -139,13 +139,28 @@ def _names_fit(values: Mapping[str, Any]) -> bool:
     return all(name is None or isinstance(name, str) for name in names) and type(calls) is int and calls >= 1
 
 
+def checked_exits(entries: Any) -> list[dict[str, Any]]:
+    """The entries of ``SpinConfig.exits``. Raises :class:`CheckpointError` for one of another shape."""
+    numbers = {"depth": int, "eta": float, "num_features": int, "score": float, "temperature": float}
+    for entry in entries:
+        fits = isinstance(entry, Mapping) and set(entry) == set(numbers)
+        fits = fits and all(type(entry[name]) in (int, kind) for name, kind in numbers.items())
+        fits = fits and entry["depth"] >= 1 and 1 <= entry["num_features"] <= _MOST_NEURONS
+        if not fits or not 0 < entry["temperature"] < math.inf:
+            raise CheckpointError(
+                "An entry of `exits` should look like {'depth': 4, 'eta': 0.8, 'num_features': 120, 'score': 0.91, "
+                f"'temperature': 1.0}}, with no more than {_MOST_NEURONS} features; got {entry}."
+            )
+    return list(entries)
+
+
 def checked_features(entries: Any) -> list[dict[str, Any]]:
-    """The entries of ``SpinConfig.features``. Raises :class:`CheckpointError` for one of another shape."""
+    """The entries of ``SpinConfig.features``, or of the exits'. Raises :class:`CheckpointError` for another shape."""
     for entry in entries:
         whole = isinstance(entry, Mapping) and set(entry) == {"tap", "pooling", "count"}
         if not whole or type(entry["count"]) is not int or not 1 <= entry["count"] <= _MOST_NEURONS:
             raise CheckpointError(
-                "An entry of `features` should look like {'tap': 'ffn.3', 'pooling': 'mean', 'count': 120}, with a "
-                f"count from 1 to {_MOST_NEURONS}; got {entry}."
+                "An entry of `features` or `exit_features` should look like {'tap': 'ffn.3', 'pooling': 'mean', "
+                f"'count': 120}}, with a count from 1 to {_MOST_NEURONS}; got {entry}."
             )
     return list(entries)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from spin_hf import SpinForSequenceClassification
-from spin_hf.modeling_spin import FeatureGroup
+from spin_hf.features import FeatureGroup
 from spin_hf.pooling import POOLINGS
 from spin_hf.taps import Tap, tap_width
 

@@ -240,7 +240,7 @@ def test_a_pickle_is_not_read(folder):
 
 
 @pytest.mark.parametrize("form", ["full", "head", "self_contained"])
-@pytest.mark.parametrize("failing", ["amend_config", "Weights", "custom_object_save"])
+@pytest.mark.parametrize("failing", ["amend_config", "Weights", "copy_code"])
 def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch, form, failing):
     make_backbone("bert").save_pretrained(tmp_path / "backbone")
     old = calibrated(str(tmp_path / "backbone"))
@@ -251,7 +251,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch, form
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    if failing == "custom_object_save" and form != "self_contained":
+    if failing == "copy_code" and form != "self_contained":
         pytest.skip("copies no code")
     monkeypatch.setattr(pretrained, failing, type("Fails", (), {"in_folder": fail}) if failing == "Weights" else fail)
     for folder in ("saved", "new"):

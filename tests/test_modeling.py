@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from spin_hf import NotCalibratedError, SpinConfig, SpinForSequenceClassification, SpinModel
 from spin_hf.configuration_spin import trusting_remote_code
-from spin_hf.modeling_spin import FeatureGroup
+from spin_hf.features import FeatureGroup
 from spin_hf.taps import Tap
 
 
@@ -91,7 +91,7 @@ def test_boolean_and_float_masks(bert_backbone):
 def test_a_missing_mask_takes_every_token_and_warns_once(bert_backbone, caplog):
     model = calibrated(bert_backbone)
     ids = make_batch()["input_ids"]
-    logging.get_logger("spin_hf.modeling_spin").warning_once.__func__.cache_clear()
+    logging.get_logger("spin_hf.inputs").warning_once.__func__.cache_clear()
     found = [model(ids).logits for _ in range(2)]
     assert [record.message for record in caplog.records] == [
         "No attention_mask was given: every token is taken as real, padding included."
@@ -100,7 +100,7 @@ def test_a_missing_mask_takes_every_token_and_warns_once(bert_backbone, caplog):
 
 
 def test_one_row_without_a_mask_warns_of_nothing(bert_backbone, caplog):
-    logging.get_logger("spin_hf.modeling_spin").warning_once.__func__.cache_clear()
+    logging.get_logger("spin_hf.inputs").warning_once.__func__.cache_clear()
     calibrated(bert_backbone)(make_batch(rows=1)["input_ids"])
     assert not caplog.records
 

@@ -175,6 +175,25 @@ def test_the_first_file_names_every_other():
     assert direct | {first} == {*get_relative_import_files(first), first}
 
 
+BODY = """
+import sys
+sys.modules["spin_hf"] = None
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+save_file({"features": model(**load_file(sys.argv[2])).features}, sys.argv[3])
+"""
+
+
+def test_the_body_alone_carries_all_the_code_too(tmp_path, bert_backbone, run_python, monkeypatch):
+    body = calibrated(bert_backbone).spin
+    body.save_pretrained(tmp_path / "body", form="self_contained")
+    save_file(make_batch(), tmp_path / "batch")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    run_python(BODY, tmp_path / "body", tmp_path / "batch", tmp_path / "found")
+    assert torch.equal(load_file(tmp_path / "found")["features"], body(**make_batch()).features)
+
+
 def test_saving_it_leaves_no_trace_in_the_class(tmp_path, bert_backbone):
     model = calibrated(bert_backbone)
     model.save_pretrained(tmp_path / "one", form="self_contained")

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
 from spin_hf import SpinForSequenceClassification
-from spin_hf.modeling_spin import FeatureGroup
+from spin_hf.features import FeatureGroup
 from spin_hf.taps import Tap, tap_width
 
 SHAPES = {

@@ -19,6 +19,7 @@ from ..structure import has_routed_experts
 from ..taps import Tap, model_device, tap_width
 from .cache import open_store, remembered
 from .errors import CalibrationError, demand_between, demand_whole
+from .exits import check_exits, fit_exits
 from .extraction import Encoded, check_tokenizer, encode, extract, fingerprint, plan_batches, window
 from .fingerprint import tokenizer_fingerprint
 from .fits import Fits
@@ -63,6 +64,7 @@ def spin_calibrate(
     max_length: int | None = None,
     windows: bool = False,
     overlap: int | None = None,
+    exits: bool = False,
     batch_tokens: int = 4096,
     tol: float = 1e-4,
     cache_dir: str | Path | None = None,
@@ -122,6 +124,10 @@ def spin_calibrate(
         windows: read texts that are longer in overlapping windows, here and in use, instead of cutting them. Each token
             is pooled once, in the window where it stands farther from the end; see :mod:`spin_hf.windows`.
         overlap: tokens that neighbouring windows share at least; by default a quarter of a window.
+        exits: keep a head for every depth and eta that was tried with the chosen kinds and poolings too, and the blocks
+            that the deepest of them needs. ``model.config.exits`` lists them; ``model(..., exit=0)`` answers with one,
+            ``model(..., output_exits=True)`` with all, and ``model.keep_exit(0)`` leaves it alone. What the model
+            answers by default stays the same, to the bit, but costs those blocks.
         batch_tokens: padded tokens per batch of the extraction. Windows of a longer text run up to 4096 tokens at once.
         tol: relative duality gap of every probe and of the final head.
         cache_dir: keep features, probes and heads here, so that a run that was stopped goes on where it was, and one
@@ -154,6 +160,7 @@ def spin_calibrate(
     )
     if prefer not in ("score", "compact"):
         raise CalibrationError(f"prefer must be 'score' or 'compact'; got {prefer!r}.")
+    check_exits(exits, recipe)
     check_fresh(model, recalibrate=recalibrate)
     demand_whole("batch_tokens", batch_tokens, least=1)
     demand_between("tol", tol, 0, 1)
@@ -227,14 +234,23 @@ def spin_calibrate(
                 tried, skipped = try_heads(fitter, probes, recipe, tried_depths, tol, fits, ranks, show)
                 choose = partial(conclude, fitter, tried, probes, prefer=prefer, tol=tol, seed=seed, last=last)
                 choice = ranks.on_main(choose)
+            fitted = None
+            if exits:
+                with clock("exits"):
+                    chosen = choice.final.candidate
+                    fitted = fit_exits(fitter, tried, chosen, recipe, tol, fits, ranks, show, seed=seed)
     final, confidence = choice.final, choice.confidence
     depth = nearest_depth(model.spin.backbone, model.spin.layout, final.candidate.depth)
-    model.spin.set_features(final.groups, final.mean, final.scale, depth=depth)
+    model.remove_exits()
+    deepest = max((each.depth for each in fitted.exits), default=0) if fitted else 0
+    model.spin.set_features(final.groups, final.mean, final.scale, depth=max(depth, deepest))
     model.spin.remember_backbone()
     model.set_head(*task.as_logits(final.weight, final.intercept))
     model.config.logit_temperature = 1.0 if confidence is None else confidence.temperature
     model.config.text_pairs = rows.pairs is not None
     _write_config(model, task, class_weights, encoded, tokenizer)
+    if fitted is not None:
+        model.set_exits(fitted.groups, fitted.mean, fitted.scale, fitted.exits)
     everything = [probe for ranked in probes for probe in ranked]
     return CalibrationResult(
         chosen=replace(final.candidate, depth=depth),
@@ -259,6 +275,7 @@ def spin_calibrate(
             "worst_gap": max(probe.worst_gap for probe in everything),
             "unconverged": sum(probe.unconverged for probe in everything),
             "head_gap": final.gap,
+            **({"exits_gap": fitted.worst_gap} if fitted else {}),
             "tol": tol,
         },
         probes=tuple(
@@ -277,6 +294,7 @@ def spin_calibrate(
             "preset": preset,
             "prefer": prefer,
             "recalibrate": recalibrate,
+            "exits": bool(exits),
             "cv": cv,
             "validation_fraction": validation_fraction,
             "class_weight": class_weights,
@@ -288,6 +306,7 @@ def spin_calibrate(
         },
         confidence=confidence,
         skipped=skipped,
+        exits=fitted.candidates if fitted else (),
     )
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling_spin import SpinForSequenceClassification, SpinModel
+from ..modeling_spin import SpinForSequenceClassification
 from ..pooling import PositionsError, pool
+from ..spin_model import SpinModel
 from ..taps import Tap, model_device
 from ..windows import Windows
 from .errors import CalibrationError, EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..batching import Batching
-from ..modeling_spin import SpinModel
 from ..pooling import PositionsError, pool
 from ..quantization import is_quantized
+from ..spin_model import SpinModel
 from ..taps import Tap, TapError, model_device
 from .errors import CalibrationError
 from .extraction import pad

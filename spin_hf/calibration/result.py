@@ -40,6 +40,7 @@ class CalibrationResult:
         settings: the options that made it.
         confidence: how far the probabilities can be trusted; ``None`` for regression.
         skipped: how many candidates were left out, since they have more than ``max_features``.
+        exits: the heads that the model keeps beside the chosen one, by their numbers; see ``exits=True``.
     """
 
     chosen: Candidate
@@ -56,6 +57,12 @@ class CalibrationResult:
     settings: Mapping[str, Any]
     confidence: Confidence | None = None
     skipped: int = 0
+    exits: tuple[Candidate, ...] = ()
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks that the model runs: those that its head needs, or the deepest exit."""
+        return max(candidate.depth for candidate in (self.chosen, *self.exits))
 
     @property
     def frontier(self) -> tuple[Candidate, ...]:
@@ -101,6 +108,15 @@ class CalibrationResult:
                 f"Expected calibration error: {before}"
                 + (f", {after} with temperature {self.confidence.temperature:.3g}." if scaled else "; no temperature.")
             )
+        if self.exits:
+            notes.append(
+                f"{len(self.exits)} exits: the best at each depth are {'; '.join(map(self._exit, self._best_exits()))}."
+            )
+            if self.blocks > self.chosen.depth:
+                notes.append(
+                    f"For them the model runs {self.blocks} blocks, its own head needs {self.chosen.depth}: "
+                    "model.keep_exit(None) leaves that alone."
+                )
         if self.data["truncated"]:
             notes.append(f"{self.data['truncated']:,} texts were cut to {self.data['max_length']} tokens.")
         if windows := self.data.get("windows"):
@@ -115,18 +131,36 @@ class CalibrationResult:
             )
         return "\n".join([*table, *notes])
 
+    def _best_exits(self) -> list[int]:
+        """Of each depth the exit of the best score."""
+        numbers = sorted(range(len(self.exits)), key=lambda i: self.exits[i].rank)
+        best = {self.exits[i].depth: i for i in reversed(numbers)}
+        return [best[depth] for depth in sorted(best)]
+
+    def _exit(self, number: int) -> str:
+        return f"{number} ({_short(self.exits[number])})"
+
     def to_pandas(self) -> pd.DataFrame:
-        """All candidates as a frame, best first; ``on_frontier`` marks those of :attr:`frontier`."""
+        """All candidates as a frame, best first; ``on_frontier`` marks those of :attr:`frontier`.
+
+        With exits, ``exit`` has the number of those that the model keeps as such; their heads were solved more tightly,
+        so that :attr:`exits` may hold a slightly different score.
+        """
         import pandas as pd
 
         rows = [{**_candidate_dict(c), "on_frontier": c in self.frontier} for c in self.candidates]
-        return pd.DataFrame(rows)
+        frame = pd.DataFrame(rows)
+        if self.exits:
+            numbers = {_made(c): number for number, c in enumerate(self.exits)}
+            frame["exit"] = pd.array([numbers.get(_made(c)) for c in self.candidates], dtype="Int64")
+        return frame
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, ready for JSON; predictions are left out."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         values["chosen"], values["best"] = _candidate_dict(self.chosen), _candidate_dict(self.best)
         values["candidates"] = [_candidate_dict(candidate) for candidate in self.candidates]
+        values["exits"] = [_candidate_dict(candidate) for candidate in self.exits]
         values["confidence"] = None if self.confidence is None else self.confidence.to_dict()
         return values
 
@@ -163,7 +197,8 @@ class CalibrationResult:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         for name in ("chosen", "best"):
             values[name] = Candidate(**values[name])
-        values["candidates"] = tuple(Candidate(**value) for value in values["candidates"])
+        for name in ("candidates", "exits"):
+            values[name] = tuple(Candidate(**value) for value in values.get(name, ()))
         values["kept"], values["probes"] = tuple(values["kept"]), tuple(values["probes"])
         if values.get("confidence") is not None:
             values["confidence"] = Confidence.from_dict(values["confidence"])
@@ -176,6 +211,11 @@ def _row(name: str, candidate: Candidate) -> tuple[str, str, str, str]:
 
 def _short(candidate: Candidate) -> str:
     return f"{candidate.score:.4f} by {candidate.num_features:,} features, {candidate.depth} blocks"
+
+
+def _made(candidate: Candidate) -> tuple[object, ...]:
+    """How a candidate was made, which tells it from all others."""
+    return candidate.kind, candidate.pooling, candidate.probe, candidate.eta, candidate.depth, candidate.C
 
 
 def _candidate_dict(candidate: Candidate) -> dict[str, Any]:

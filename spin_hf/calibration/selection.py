@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..modeling_spin import FeatureGroup
+from ..features import FeatureGroup
 from ..taps import Tap
 from .probes import Probe
 from .resampling import paired_error

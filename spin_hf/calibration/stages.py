@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..modeling_spin import FeatureGroup
+from ..features import FeatureGroup
 from ..taps import Tap
 from .confidence import Confidence
 from .errors import CalibrationError
@@ -167,13 +167,13 @@ def conclude(
     best = chosen = winner(every, metric, truth, seed=seed)
     if prefer == "compact":
         chosen = smallest_within_error(every, best, metric, truth, seed=seed)
-    final = _finish(fitter, chosen, tried, tol)
+    final = finish(fitter, chosen, tried, tol)
     if chosen is best:
         singles = [c for c in every if c.probe is not None]
         ahead = [c for c in singles if c.score > final.candidate.score]
         if ahead:  # the tighter tolerance turned a text that stood on the fence
             chosen = min(ahead, key=lambda c: c.rank)
-            final = _finish(fitter, chosen, tried, tol)
+            final = finish(fitter, chosen, tried, tol)
         best = final.candidate
     ranked = sorted((final.candidate if c is chosen else c for c in every), key=lambda c: c.rank)
     pooling = "mean" if "mean" in fitter.store.poolings else fitter.store.poolings[0]
@@ -181,22 +181,26 @@ def conclude(
     baselines = {f"last layer ({pooling})": fitter.fit_tap(last, pooling)[0], "best probe": max(within)}
     confidence = None
     if fitter.data.task.problem_type != "regression":
-        confidence = Confidence.measure(_held_out_logits(fitter, chosen, tried, final, tol), truth, seed=seed)
+        confidence = Confidence.measure(held_out_logits(fitter, chosen, tried, final, tol), truth, seed=seed)
     return Conclusion(final, best, tuple(ranked), baselines, confidence)
 
 
-def _held_out_logits(
-    fitter: HeadFitter, chosen: Candidate, tried: list[Fitted], final: Final, tol: float
-) -> np.ndarray:
-    """Logits ``(evaluation rows, num_labels)`` of heads that did not see those rows."""
+def held_out_logits(fitter: HeadFitter, chosen: Candidate, tried: list[Fitted], final: Final, tol: float) -> np.ndarray:
+    """Logits ``(evaluation rows, num_labels)`` of heads that did not see those rows.
+
+    Args:
+        fitter, tried, tol: as :func:`finish` takes them.
+        chosen: one of those tried.
+        final: it as :func:`finish` fitted it.
+    """
     folds = fitter.data.folds
-    heads = [final] if len(folds) == 1 else [_finish(fitter, chosen, tried, tol, fold) for fold in range(len(folds))]
+    heads = [final] if len(folds) == 1 else [finish(fitter, chosen, tried, tol, fold) for fold in range(len(folds))]
     return np.concatenate(
         [head.logits(fitter.store, fitter.data.task, rows) for head, (_, rows) in zip(heads, folds, strict=True)]
     )
 
 
-def _finish(fitter: HeadFitter, candidate: Candidate, tried: list[Fitted], tol: float, fold: int = -1) -> Final:
+def finish(fitter: HeadFitter, candidate: Candidate, tried: list[Fitted], tol: float, fold: int = -1) -> Final:
     """The chosen candidate, fitted on the final training rows, or on those of a fold."""
     probes = next(probes for other, probes in tried if other is candidate)
     if candidate.probe is None:

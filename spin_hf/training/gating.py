@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from ..depth import nearest_depth
+from ..features import FeatureGroup
 from ..gates import Gates
-from ..modeling_spin import FeatureGroup, NotCalibratedError, SpinForSequenceClassification
+from ..modeling_spin import NotCalibratedError, SpinForSequenceClassification
 from ..taps import model_device
 
 
@@ -26,12 +26,17 @@ def add_gates(model: SpinForSequenceClassification, *, penalty: float = 1e-3) ->
 
     Raises:
         NotCalibratedError: without features.
-        ValueError: if it has gates already, or for a penalty that is not a positive number.
+        ValueError: if it has gates or exits already, or for a penalty that is not a positive number.
     """
     if not model.calibrated:
         raise NotCalibratedError("There are no features to put gates on; run spin_calibrate(model, ...) first.")
     if model.gates is not None:
         raise ValueError("This model has gates already. Train it, or remove them with prune_gates(model).")
+    if model.exits is not None:
+        raise ValueError(
+            "This model has exits, which read features of their own. Keep one head first: model.keep_exit(None) keeps "
+            "the one that it answers with."
+        )
     if not (isinstance(penalty, (int, float)) and 0 < penalty < math.inf):
         raise ValueError(f"penalty must be a positive number; got {penalty!r}.")
     model.gates = Gates(model.config.num_features, float(penalty)).to(model_device(model.score))
@@ -69,9 +74,7 @@ def prune_gates(model: SpinForSequenceClassification) -> int:
         start += len(group.neurons)
         if len(neurons):
             groups.append(FeatureGroup(group.tap, group.pooling, neurons))
-    depth = spin.depth
-    if not any(group.tap.kind == "norm" for group in groups):
-        depth = nearest_depth(spin.backbone, spin.layout, max(1, *(group.tap.block for group in groups)))
+    depth = spin.depth_for(groups)
     there = spin.standardizer.mean.device
     mean, scale = spin.standardizer.mean[kept.to(there)], spin.standardizer.scale[kept.to(there)]
     weight, bias = (model.score.weight * values)[:, kept], model.score.bias

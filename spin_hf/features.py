@@ -1,0 +1,92 @@
+"""The features of a model: which neurons are read, in which order, and how each is shifted and scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .layout import Tap
+
+
+class FeatureGroup(NamedTuple):
+    """Neurons of one tap under one pooling."""
+
+    tap: Tap
+    pooling: str
+    neurons: Tensor  # (count,) int64
+
+
+TapParts = list[tuple[Tap, list[tuple[str, int, int]]]]  # for each tap its (pooling, start, stop)
+
+
+class Selection(NamedTuple):
+    """What one forward is to read: for each tap its (pooling, neurons), and the shift and scale of each feature."""
+
+    neurons: list[tuple[Tap, list[tuple[str, Tensor]]]]
+    mean: Tensor
+    scale: Tensor
+
+    def groups(self) -> list[FeatureGroup]:
+        """The neurons, group by group, in the order of the features."""
+        return [FeatureGroup(tap, pooling, neurons) for tap, parts in self.neurons for pooling, neurons in parts]
+
+    def standardise(self, pooled: Sequence[Tensor]) -> Tensor:
+        """Features ``(batch, num_features)`` from the pooled neurons ``(batch, neurons)`` of each tap and pooling."""
+        return (torch.cat([part.to(self.mean.device) for part in pooled], 1) - self.mean) / self.scale
+
+
+class Standardizer(nn.Module):
+    """Which neurons are read, and the shift and scale of each feature. Buffers only, always float32 (indices int64)."""
+
+    neurons: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.register_buffer("neurons", torch.zeros(num_features, dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(num_features, dtype=torch.float32))
+        self.register_buffer("scale", torch.ones(num_features, dtype=torch.float32))
+
+    @classmethod
+    def of(cls, groups: Sequence[FeatureGroup], mean: Tensor, scale: Tensor) -> Standardizer:
+        """With the neurons of these groups, and the shift and scale of each, ``(num_features,)``."""
+        made = cls(len(mean))
+        made.neurons.copy_(torch.cat([group.neurons for group in groups]))
+        made.mean.copy_(mean)
+        made.scale.copy_(scale)
+        return made
+
+    def select(self, parts: TapParts) -> Selection:
+        """All its neurons, which these parts divide by tap and pooling."""
+        neurons = [(tap, [(pooling, self.neurons[a:b]) for pooling, a, b in of_tap]) for tap, of_tap in parts]
+        return Selection(neurons, self.mean, self.scale)
+
+
+def described(groups: Sequence[FeatureGroup]) -> list[dict[str, Any]]:
+    """The groups as ``SpinConfig.features`` holds them.
+
+    Raises:
+        ValueError: unless they are sorted by block, kind and pooling.
+    """
+    order = [(group.tap.block, group.tap.kind, group.pooling) for group in groups]
+    if order != sorted(order):
+        raise ValueError("Feature groups must be sorted by block, kind and pooling.")
+    return [{"tap": str(group.tap), "pooling": group.pooling, "count": len(group.neurons)} for group in groups]
+
+
+def group_by_tap(features: Sequence[Mapping[str, Any]]) -> TapParts:
+    """For each tap of ``SpinConfig.features`` its slices of the feature vector."""
+    groups: TapParts = []
+    start = 0
+    for entry in features:
+        tap = Tap.parse(entry["tap"])
+        stop = start + entry["count"]
+        if not groups or groups[-1][0] != tap:
+            groups.append((tap, []))
+        groups[-1][1].append((entry["pooling"], start, stop))
+        start = stop
+    return groups
