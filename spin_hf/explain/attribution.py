@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..modeling_spin import SpinForSequenceClassification, SpinModel
+from ..modeling_spin import SpinForSequenceClassification
 from ..parts import shifted_right
 from ..pooling import PositionsError, pool
+from ..spin_model import SpinModel
 from ..taps import Tap
 from ..windows import WindowPlan, Windows, plan_windows
 
@@ -77,7 +78,8 @@ def attribute(
     spread = _Spread(spin, weight, mask, plan)
     poolings = {tap: [pooling for pooling, _, _ in parts] for tap, parts in spin.groups}
     pooled = spin.pooled(poolings, spread.read, mask, input_ids, token_type_ids, windows=windows)
-    features = spin.standardizer(torch.cat([part for tap, _ in spin.groups for part in pooled[tap]], 1))
+    selection = spin.standardizer.select(spin.groups)
+    features = selection.standardise([part for tap, _ in spin.groups for part in pooled[tap]])
     spread.settle(pooled)
     return Attribution(features, spread.by_place())
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,8 +16,12 @@ from ..calibration.task import METRICS, metric_title
 from ..modeling_spin import SpinForSequenceClassification
 from ..prediction import Prediction, evaluate
 from ..scoring import predict_rows
+from .explaining import explain
+from .heat import Heat, heat_of
+from .page import LONGEST
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+MOST_CELLS = 400  # of a confusion matrix, whose texts are shown
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Evaluated:
         texts, pairs: the texts, and the second ones of pairs.
         labels: as :mod:`spin_hf` encodes them.
         prediction: of the same rows.
+        heat: of the rows that a report shows, what each word adds to the answer.
     """
 
     name: str
@@ -91,6 +96,7 @@ class Evaluated:
     pairs: list[str] | None
     labels: np.ndarray
     prediction: Prediction
+    heat: Mapping[int, Heat] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -101,13 +107,19 @@ class Evaluated:
         name: str,
         **columns: Any,
     ) -> Evaluated:
-        """Predict labelled rows in any form that ``spin_calibrate`` takes.
+        """Predict labelled rows in any form that ``spin_calibrate`` takes, and explain those that a report shows.
 
         Raises:
             CalibrationError: for data that can't be read or doesn't fit.
         """
         rows, labels, prediction = predict_rows(model, tokenizer, source, **columns)
-        return cls(name, rows.texts, rows.pairs, labels, prediction)
+        plain = cls(name, rows.texts, rows.pairs, labels, prediction)
+        shown = plain.shown_rows()
+        texts = [rows.texts[row] for row in shown]
+        pairs = None if rows.pairs is None else [rows.pairs[row] for row in shown]
+        found = explain(model, tokenizer, texts, pairs)
+        heat = {row: heat_of(own, own.label, longest=LONGEST) for row, own in zip(shown, found, strict=True)}
+        return replace(plain, heat=heat)
 
     @property
     def problem_type(self) -> str:
@@ -198,6 +210,15 @@ class Evaluated:
             ("Least sure", order[::-1]),
         ]
         return [(name, [self.example(row) for row in rows[:each]]) for name, rows in groups if rows]
+
+    def shown_rows(self) -> list[int]:
+        """All rows among the texts that a report shows."""
+        groups = [found for _, found in self.examples()]
+        if self.problem_type == SINGLE:
+            groups += [list(cell.examples) for cell in self.cells()[:MOST_CELLS]]
+        if self.problem_type == MULTI:
+            groups += [[*row.missed, *row.wrong] for row in self.label_rows()]
+        return sorted({example.row for group in groups for example in group})
 
     def example(self, row: int) -> Example:
         """One text with its answer in words."""

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-_LONGEST = 600  # characters of a text that are shown
+LONGEST = 600  # characters of a text that are shown
 
 
 class MissingExtraError(ImportError):
@@ -32,7 +32,7 @@ def render(**values: Any) -> str:
     script = _asset("report.js")
     plotly, plotly_hash = _plotly()
     return _environment().get_template("report.html.jinja").render(
-        css=Markup(_asset("report.css")),
+        css=Markup(_asset("report.css") + _asset("words.css")),
         js=Markup(script),
         plotly=Markup(plotly),
         script_hashes=Markup(f"'{_hash(script)}' '{plotly_hash}'"),
@@ -40,7 +40,7 @@ def render(**values: Any) -> str:
     )  # fmt: skip
 
 
-def shown(value: object, longest: int = _LONGEST) -> str:
+def shown(value: object, longest: int = LONGEST) -> str:
     """Text for a reader: control characters as pictures, what no file can hold as a mark, and long texts cut."""
     text = str(value)
     if len(text) > longest:

@@ -19,7 +19,7 @@ from ..modeling_spin import SpinForSequenceClassification
 from . import record_charts as record
 from .charts import Figure
 from .data_charts import confusion_grid, mistakes, trust
-from .evaluation import MULTI, SINGLE, Evaluated, Score
+from .evaluation import MOST_CELLS, MULTI, SINGLE, Evaluated, Score
 from .page import render
 from .plotly_json import plotly_json
 
@@ -32,7 +32,6 @@ _SECTIONS = {
     "examples": "Examples",
     "costs": "Costs",
 }
-_MOST_CELLS = 400
 
 
 @dataclass(frozen=True)
@@ -106,10 +105,10 @@ class Report:
             first=self.first,
             cards=[],
             no_cards=None,
-            heat={},
+            heat=self.first.heat if self.first else {},
             label_names=self.first.names if self.first else (),
-            cells=cells[:_MOST_CELLS],
-            cells_left_out=max(0, len(cells) - _MOST_CELLS),
+            cells=cells[:MOST_CELLS],
+            cells_left_out=max(0, len(cells) - MOST_CELLS),
             label_rows=self.first.label_rows() if self.first and self.first.problem_type == MULTI else [],
             no_mistakes=None if self.first else self._missing("The texts behind the mistakes are not in the record."),
             examples=self.first.examples() if self.first else [],
