@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from .calibration import CalibrationResult
+from .explain.command import app as serve
 from .explain.command import report
 from .hub.command import push
 from .loading import (
@@ -364,6 +365,7 @@ def demo(
 
 app.command()(_one_line_errors(push))
 app.command()(_one_line_errors(report))
+app.command(name="app")(_one_line_errors(serve))
 
 
 def _ago(seconds: float) -> str:

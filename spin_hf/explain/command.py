@@ -1,4 +1,4 @@
-"""``spin-hf report``."""
+"""``spin-hf report`` and ``spin-hf app``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Annotated
 import typer
 
 from ..loading import UserError, load_classifier
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")]
+Backbone = Annotated[str | None, typer.Option(help="Of a head-only classifier: the backbone's folder or Hub id.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the backbone's repository.")]
 
 
 def report(
@@ -25,13 +29,9 @@ def report(
         list[str] | None, typer.Option(help="Column of the texts; twice for sentence pairs.")
     ] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="Of a head-only classifier: the backbone's folder or Hub id.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code from the backbone's repository.")
-    ] = False,
+    device: Device = None,
+    backbone: Backbone = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show a classifier in one HTML file: scores, layers, neurons, mistakes, examples and costs."""
     from ..calibration.sources import split_of
@@ -60,6 +60,24 @@ def report(
         except ImportError:
             raise UserError("--figures needs matplotlib. Run: pip install 'spin_hf[plots]'") from None
         typer.echo(f"Wrote {len(written)} figures to {figures}.")
+
+
+def app(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a classifier.")],
+    port: Annotated[int | None, typer.Option(help="By default the first free one from 7860 on.")] = None,
+    host: Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    device: Device = None,
+    backbone: Backbone = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Open a page to try a classifier on: type a text, see the answer, its words and its layers."""
+    from .app import make_app
+
+    page = make_app(model, device=device, backbone=backbone, trust_remote_code=trust_remote_code)
+    try:
+        page.launch(server_name=host, server_port=port)
+    except OSError as error:
+        raise UserError(f"The page can't be served on {host}, port {port or '7860 and up'}: {error}") from None
 
 
 def _shown(source: str) -> str:

@@ -1,4 +1,4 @@
-"""The report's file: template, style, script and plotly in one, with every text escaped on its way in."""
+"""HTML from the templates, with every text escaped on its way in; a report holds its style, script and plotly too."""
 
 from __future__ import annotations
 
@@ -32,12 +32,22 @@ def render(**values: Any) -> str:
     script = _asset("report.js")
     plotly, plotly_hash = _plotly()
     return _environment().get_template("report.html.jinja").render(
-        css=Markup(_asset("report.css") + _asset("words.css")),
+        css=Markup(style("report.css", "words.css")),
         js=Markup(script),
         plotly=Markup(plotly),
         script_hashes=Markup(f"'{_hash(script)}' '{plotly_hash}'"),
         **values,
     )  # fmt: skip
+
+
+def render_part(template: str, macro: str, *values: Any) -> str:
+    """One macro of a template, as HTML; escaping as in :func:`render`."""
+    return str(getattr(_environment().get_template(template).module, macro)(*values))
+
+
+def style(*names: str) -> str:
+    """Style sheets of the templates folder, joined."""
+    return "".join(map(_asset, names))
 
 
 def shown(value: object, longest: int = LONGEST) -> str:
@@ -58,6 +68,7 @@ def _visible(character: str) -> str:
     return "�" if kind == "Cs" or ord(character) & 0xFFFE == 0xFFFE else character
 
 
+@cache
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("spin_hf.explain", "templates"), undefined=StrictUndefined, autoescape=True
