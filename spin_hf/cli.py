@@ -86,6 +86,7 @@ def _one_line_errors(command: _F) -> _F:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         from .calibration import CalibrationError
         from .calibration.ranks import Ranks, ending_together
+        from .exits import ExitError
         from .explain.page import MissingExtraError
         from .hub import CardError, PushError
         from .modeling_spin import NotCalibratedError
@@ -93,8 +94,8 @@ def _one_line_errors(command: _F) -> _F:
         from .trust import CheckpointError
 
         known = (
-            *(UserError, CalibrationError, CardError, CheckpointError, MissingExtraError, NotCalibratedError),
-            *(PushError, TapError),
+            *(UserError, CalibrationError, CardError, CheckpointError, ExitError, MissingExtraError),
+            *(NotCalibratedError, PushError, TapError),
         )
         try:
             return ending_together(command)(*args, **kwargs)
@@ -143,6 +144,7 @@ def calibrate(
     max_length: Annotated[int | None, typer.Option(help="Tokens per text, or of a window.")] = None,
     windows: Annotated[bool, typer.Option("--windows", help="Read longer texts in overlapping windows.")] = False,
     overlap: Annotated[int | None, typer.Option(help="Tokens that windows share; a quarter by default.")] = None,
+    exits: Annotated[bool, typer.Option("--exits", help="Keep a head for every depth and eta that was tried.")] = False,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
     limit: Annotated[int | None, typer.Option(help="Use so many rows of each file, drawn by --seed.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Keep the features here and take up a stopped run.")] = None,
@@ -210,6 +212,7 @@ def calibrate(
         max_length=max_length,
         windows=windows,
         overlap=overlap,
+        exits=exits,
         batch_tokens=batch_tokens,
         cache_dir=cache_dir,
         seed=seed,
@@ -238,6 +241,7 @@ def predict(
     ] = None,
     text_column: TextColumn = None,
     min_confidence: MinConfidence = None,
+    exit: Annotated[int | None, typer.Option(help="Answer with this exit; see calibrate --exits.")] = None,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
     backbone: Backbone = None,
@@ -258,6 +262,7 @@ def predict(
         None if second is None else [second[i] for i in given],
         batch_tokens=batch_tokens,
         min_confidence=min_confidence,
+        exit=exit,
     )
     answers = dict(zip(given, map(prediction.row, range(len(given))), strict=True))
     answer = next(iter(prediction.row(0)))  # "label", "labels" or "value"

@@ -16,6 +16,10 @@ from torch.nn import functional as F
 from .features import FeatureGroup, Selection, Standardizer, group_by_tap
 
 
+class ExitError(ValueError):
+    """A classifier has no exits, or not this one."""
+
+
 @dataclass(frozen=True)
 class Exit:
     """A head for one depth and eta.
@@ -132,16 +136,16 @@ def demand_exit(exits: Exits | None, number: int | None) -> Exits:
     """The exits of a classifier.
 
     Raises:
-        ValueError: if it has none, or not this one.
+        ExitError: if it has none, or not this one.
     """
     if exits is None:
-        raise ValueError(
+        raise ExitError(
             "This classifier has no exits, but one head. Exits are made when it is calibrated: "
             "spin_calibrate(model, tokenizer, train, exits=True)."
         )
     whole = hasattr(number, "__index__") and not isinstance(number, bool)
     if number is not None and not (whole and 0 <= number < len(exits)):
-        raise ValueError(
+        raise ExitError(
             f"exit must be a number from 0 to {len(exits) - 1}; got {number!r}. model.config.exits lists them."
         )
     return exits

@@ -178,7 +178,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
             exit: its number in ``config.exits``; ``None`` for the head that the model answers with.
 
         Raises:
-            ValueError: if there is no such exit.
+            ExitError: if there is no such exit.
         """
         exits, spin = demand_exit(self.exits, exit), self.spin
         if exit is None:
@@ -231,7 +231,8 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
             here or in the config, is false.
 
         Raises:
-            ValueError: for features that are not this model's, or an exit that it doesn't have.
+            ExitError: for an exit that there is not.
+            ValueError: for features that are not this model's.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         shared: list[Tensor] = []

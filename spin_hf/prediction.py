@@ -18,6 +18,7 @@ from .calibration.errors import ConfidenceError, TextPairError, demand_whole
 from .calibration.extraction import Encoded, check_tokenizer, encode, pad, plan_batches, window
 from .calibration.fingerprint import check_same_tokenizer
 from .calibration.task import METRICS
+from .exits import demand_exit
 from .modeling_spin import NotCalibratedError, SpinForSequenceClassification
 from .taps import model_device
 from .windows import Windows
@@ -135,6 +136,7 @@ def predict(
     *,
     batch_tokens: int = 4096,
     min_confidence: float | None = None,
+    exit: int | None = None,
 ) -> Prediction:
     """Predict texts (or sentence pairs) with a calibrated model.
 
@@ -146,18 +148,22 @@ def predict(
         batch_tokens: padded tokens per batch.
         min_confidence: abstain from texts of a lower confidence, between 0 and 1.
             ``result.confidence.threshold_for(accuracy=0.95)`` says which one reaches an accuracy.
+        exit: answer with this one of ``model.config.exits``, see ``spin_calibrate(..., exits=True)``.
 
     Raises:
         CalibrationError: one of its kinds, for texts, options or a tokenizer that don't fit, before any work.
+        ExitError: for an exit that there is not, likewise.
         NotCalibratedError: likewise.
     """
     _check_min_confidence(min_confidence, model.config.problem_type)
     demand_whole("batch_tokens", batch_tokens, least=1)
     encoded = encode_for(model, tokenizer, texts, pairs)
+    if exit is not None:
+        demand_exit(model.exits, exit)
     model.eval()
     logits = torch.empty(len(encoded.input_ids), model.config.num_labels)
     for rows, batch in batches(model, tokenizer, encoded, batch_tokens):
-        logits[rows] = model(**batch).logits.cpu()
+        logits[rows] = model(**batch, exit=exit).logits.cpu()
     problem_type = model.config.problem_type
     probabilities = probabilities_of(logits, problem_type)
     names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))

@@ -275,19 +275,13 @@ class SpinModel(SpinPreTrainedModel):
         if any(given is not None for given in inputs[2:3]):
             raise ValueError("A text in windows has positions of its own in each of them. Leave position_ids out.")
         plan = plan_windows(mask, windows)
-        passes = []
-        for part in plan.passes(windows.size, single=self.config.batching == "single"):
-            try:
-                passes.append(run(plan.mask[part], plan.pooled[part], *(plan.cut(given, part) for given in inputs)))
-            except PositionsError as error:
-                raise PositionsError(
-                    f"{type(self.backbone).__name__} works on other positions than its tokens, so that windows can't "
-                    "be told apart. Calibrate it without windows=True."
-                ) from error
-        return {
-            tap: [plan.merge(torch.cat([part[tap][i] for part in passes]), name) for i, name in enumerate(names)]
-            for tap, names in poolings.items()
-        }
+        try:
+            return plan.pooled_by(run, poolings, inputs, size=windows.size, single=self.config.batching == "single")
+        except PositionsError as error:
+            raise PositionsError(
+                f"{type(self.backbone).__name__} works on other positions than its tokens, so that windows can't "
+                "be told apart. Calibrate it without windows=True."
+            ) from error
 
     def recording(
         self, taps: Sequence[Tap], read: Callable[[Tap, Tensor], None], mask: Tensor

@@ -10,16 +10,18 @@ special tokens count nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .pooling import pool
 from .trust import CheckpointError
+
+Key = TypeVar("Key")
 
 _TOKENS_AT_ONCE = 4096
 
@@ -86,6 +88,34 @@ class WindowPlan:
         if given is None:
             return None
         return given[self.text[windows].to(given.device), self.place[windows].to(given.device)]
+
+    def pooled_by(
+        self,
+        run: Callable[..., dict[Key, list[Tensor]]],
+        poolings: Mapping[Key, Sequence[str]],
+        inputs: Sequence[Tensor | None],
+        *,
+        size: int,
+        single: bool,
+    ) -> dict[Key, list[Tensor]]:
+        """Pooled values ``(texts, neurons)`` of whole texts, for each key and each of its poolings.
+
+        Args:
+            run: gives those of windows ``(windows, neurons)``, from the mask of their tokens, the mask of the tokens to
+                pool, and their part of the inputs.
+            poolings: names, for each key.
+            inputs: of the texts, ``(texts, tokens, ...)``.
+            size: tokens of a window.
+            single: run each window alone.
+        """
+        passes = [
+            run(self.mask[part], self.pooled[part], *(self.cut(given, part) for given in inputs))
+            for part in self.passes(size, single=single)
+        ]
+        return {
+            key: [self.merge(torch.cat([part[key][i] for part in passes]), name) for i, name in enumerate(names)]
+            for key, names in poolings.items()
+        }
 
     def merge(self, values: Tensor, pooling: str) -> Tensor:
         """Pooled values of the windows ``(windows, neurons)`` as those of the texts ``(texts, neurons)``."""
