@@ -38,6 +38,11 @@ def sentiment(make) -> Made:
     return make(builders.make_sentiment_rows(), labels=["bad", "good"])
 
 
+@pytest.fixture(scope="session")
+def with_exits(make) -> Made:
+    return make(builders.make_sentiment_rows(), labels=["bad", "good"], exits=True)
+
+
 @pytest.fixture
 def folder(sentiment, tmp_path) -> Path:
     """A saved classifier with its record."""
