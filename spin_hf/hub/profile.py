@@ -36,8 +36,8 @@ def layer_profile(result: CalibrationResult) -> Figure:
     for name, score in result.baselines.items():
         if name.startswith("last layer"):
             axes.axhline(score, color="#666666", linewidth=1.4, linestyle=(0, (1, 1.5)), label=f"{name}, {score:.3f}")
-    if result.chosen.depth < last:
-        axes.axvspan(result.chosen.depth + 0.5, last + 0.5, color="#BBBBBB", alpha=0.3, label="blocks removed")
+    if result.blocks < last:
+        axes.axvspan(result.blocks + 0.5, last + 0.5, color="#BBBBBB", alpha=0.3, label="blocks removed")
     axes.set_xticks(range(0, last + 1, max(1, round((last + 1) / 16))))
     axes.set_xlim(-0.5, last + 0.5)
     axes.set_xlabel("block (0: the embeddings)")
