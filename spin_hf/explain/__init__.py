@@ -1,6 +1,7 @@
 """Explanations of a classifier's answers: what each word, neuron and block of the backbone added to them."""
 
-from .explaining import ExplanationError, explain, token_features
+from .attribution import ExplanationError
+from .explaining import explain, token_features
 from .result import Contributions, Explanation, Explanations, Feature, Neuron, View
 from .words import Token, Word
 

@@ -19,9 +19,13 @@ from torch import Tensor
 
 from ..modeling_spin import SpinForSequenceClassification, SpinModel
 from ..parts import shifted_right
-from ..pooling import PositionsError, pool
+from ..pooling import pool
 from ..taps import Tap
 from ..windows import WindowPlan, Windows, plan_windows
+
+
+class ExplanationError(ValueError):
+    """A text whose answer can't be split into what its tokens add."""
 
 
 class Attribution(NamedTuple):
@@ -70,7 +74,7 @@ def attribute(
         mask, input_ids, token_type_ids: ``(texts, tokens)``, padded on the right.
 
     Raises:
-        PositionsError: for a backbone that works on other positions than its tokens.
+        ExplanationError: for a backbone that works on other positions than its tokens.
     """
     windows = None if spin.config.windows is None else Windows(**spin.config.windows)
     plan = None if windows is None or mask.shape[1] <= windows.size else plan_windows(mask, windows)
@@ -111,9 +115,9 @@ class _Spread:
     def read(self, tap: Tap, values: Tensor, mask: Tensor) -> list[Tensor]:
         """Pool a tap of some rows as the model does, and keep what is needed to split the result."""
         if values.shape[1] != mask.shape[1]:
-            raise PositionsError(
+            raise ExplanationError(
                 f"{mask.shape[1]} tokens became {values.shape[1]} positions at tap {tap}, so that it can't be told "
-                "what a token adds."
+                "what a token adds. predict() still answers."
             )
         first = self.seen.get(tap, 0)
         rows = slice(first, first + len(values))

@@ -14,15 +14,11 @@ from ..calibration.extraction import Encoded, pad, plan_batches
 from ..modeling_spin import SpinForSequenceClassification
 from ..prediction import encode_for, probabilities_of
 from ..taps import model_device
-from .attribution import attribute, effective_head, starts_with_special
+from .attribution import ExplanationError, attribute, effective_head, starts_with_special
 from .result import Explanation, Explanations, Feature, Reading
 from .words import Piece, pieces_of, tokenized
 
 TOLERANCE = 1e-4
-
-
-class ExplanationError(RuntimeError):
-    """Contributions that don't sum to the logit, so that none of them should be believed."""
 
 
 def explain(
@@ -54,8 +50,8 @@ def explain(
     Raises:
         CalibrationError: one of its kinds, for texts, options or a tokenizer that don't fit, before any work.
         NotCalibratedError: likewise.
-        PositionsError: for a backbone that works on other positions than its tokens.
-        ExplanationError: where the parts miss a logit by more than 1e-4 of it, or of 1.
+        ExplanationError: for a backbone that works on other positions than its tokens, and where the parts miss a logit
+            by more than 1e-4 of it, or of 1.
     """
     demand_whole("batch_tokens", batch_tokens, least=1)
     encoded = encode_for(model, tokenizer, texts, pairs)
@@ -121,7 +117,7 @@ def token_features(
         ``(tokens, num_features)`` in standard deviations of the feature, in the order of ``Explanation.tokens``.
 
     Raises:
-        CalibrationError, NotCalibratedError, PositionsError: as :func:`explain` does.
+        CalibrationError, ExplanationError, NotCalibratedError: as :func:`explain` does.
     """
     encoded = encode_for(model, tokenizer, [text], None if pair is None else [pair])
     model.eval()
