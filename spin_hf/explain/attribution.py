@@ -12,6 +12,7 @@ left is the difference of a pooled value and its mean, and that splits over toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,19 @@ from torch import Tensor
 
 from ..modeling_spin import SpinForSequenceClassification
 from ..parts import shifted_right
-from ..pooling import PositionsError, pool
+from ..pooling import pool
 from ..spin_model import SpinModel
 from ..taps import Tap
 from ..windows import WindowPlan, Windows, plan_windows
+
+
+class ExplanationError(ValueError):
+    """A text whose answer can't be split into what its tokens add."""
+
+
+# Called with each tap, its activations (rows, positions, width), which of them are pooled (rows, positions), and whose
+# they are (rows, positions): text x places + place, see Attribution.
+Watch = Callable[[Tap, Tensor, Tensor, Tensor], None]
 
 
 class Attribution(NamedTuple):
@@ -61,6 +71,8 @@ def attribute(
     mask: Tensor,
     input_ids: Tensor,
     token_type_ids: Tensor | None = None,
+    *,
+    watch: Watch | None = None,
 ) -> Attribution:
     """Read a batch of texts that may run together, see :mod:`spin_hf.batching`.
 
@@ -69,13 +81,14 @@ def attribute(
         weight: of the head, see :func:`effective_head`; ``None`` leaves the contributions to each feature apart, which
             takes ``tokens x num_features`` numbers a text.
         mask, input_ids, token_type_ids: ``(texts, tokens)``, padded on the right.
+        watch: sees the activations too.
 
     Raises:
-        PositionsError: for a backbone that works on other positions than its tokens.
+        ExplanationError: for a backbone that works on other positions than its tokens.
     """
     windows = None if spin.config.windows is None else Windows(**spin.config.windows)
     plan = None if windows is None or mask.shape[1] <= windows.size else plan_windows(mask, windows)
-    spread = _Spread(spin, weight, mask, plan)
+    spread = _Spread(spin, weight, mask, plan, watch)
     poolings = {tap: [pooling for pooling, _, _ in parts] for tap, parts in spin.groups}
     pooled = spin.pooled(poolings, spread.read, mask, input_ids, token_type_ids, windows=windows)
     selection = spin.standardizer.select(spin.groups)
@@ -99,8 +112,10 @@ class _Spread:
     tokens attain a maximum, or are the first, is kept as a mask: only the end of the forward tells which window counts.
     """
 
-    def __init__(self, spin: SpinModel, weight: Tensor | None, mask: Tensor, plan: WindowPlan | None) -> None:
-        self.spin, self.weight, self.mask, self.plan = spin, weight, mask, plan
+    def __init__(
+        self, spin: SpinModel, weight: Tensor | None, mask: Tensor, plan: WindowPlan | None, watch: Watch | None
+    ) -> None:
+        self.spin, self.weight, self.mask, self.plan, self.watch = spin, weight, mask, plan, watch
         self.device = spin.standardizer.mean.device
         self.exact = _exact(self.device)
         self.parts_of = dict(spin.groups)
@@ -113,14 +128,16 @@ class _Spread:
     def read(self, tap: Tap, values: Tensor, mask: Tensor) -> list[Tensor]:
         """Pool a tap of some rows as the model does, and keep what is needed to split the result."""
         if values.shape[1] != mask.shape[1]:
-            raise PositionsError(
+            raise ExplanationError(
                 f"{mask.shape[1]} tokens became {values.shape[1]} positions at tap {tap}, so that it can't be told "
-                "what a token adds."
+                "what a token adds. predict() still answers."
             )
         first = self.seen.get(tap, 0)
         rows = slice(first, first + len(values))
         self.seen[tap] = rows.stop
         mask = mask.to(device=values.device, dtype=torch.bool)
+        if self.watch is not None:
+            self.watch(tap, values, mask, self._places(self._in_decoder(tap))[rows])
         found = []
         with torch.autocast(values.device.type, enabled=False):
             for index, (pooling, start, stop) in enumerate(self.parts_of[tap]):
@@ -155,25 +172,33 @@ class _Spread:
 
     def by_place(self) -> Tensor:
         """What each token adds, ``(texts, places, labels)`` or ``(texts, places, num_features)``."""
-        spare = starts_with_special(self.spin)
         if self.plan is None and self.spin.layout.decoder is None:
             return self.totals[False]
-        tokens = self.mask.shape[1]
-        places = tokens + spare
+        places = self.mask.shape[1] + starts_with_special(self.spin)
         width = next(iter(self.totals.values())).shape[-1]
         out = torch.zeros(len(self.mask) * places, width, dtype=self.exact, device=self.device)
         for decoder, total in self.totals.items():
-            row_mask = self.mask if self.plan is None else self.plan.mask
-            place = torch.arange(tokens, device=self.mask.device).expand_as(self.mask)
-            if self.plan is not None:
-                place = self.plan.place.clamp(0, tokens - 1)  # that of padding goes beyond, and adds nothing
-            if decoder:  # each position reads the token before
-                place = shifted_right(place, row_mask, self.spin.backbone.config)
-                if spare:
-                    place = torch.cat([torch.full_like(place[:, :1], tokens), place[:, 1:]], 1)
-            index = (self.text[:, None] * places + place).to(self.device)
-            out.index_add_(0, index.flatten(), total.flatten(0, 1))
+            out.index_add_(0, self._places(decoder).to(self.device).flatten(), total.flatten(0, 1))
         return out.reshape(len(self.mask), places, width)
+
+    def _places(self, decoder: bool) -> Tensor:
+        """Whose token each position of the rows reads, ``(rows, positions)``: text x places + place."""
+        spare, tokens = starts_with_special(self.spin), self.mask.shape[1]
+        row_mask, place = self.mask, torch.arange(tokens, device=self.mask.device).expand_as(self.mask)
+        if self.plan is not None:
+            row_mask, place = (
+                self.plan.mask,
+                self.plan.place.clamp(0, tokens - 1),
+            )  # padding's goes beyond; adds nothing
+        if decoder:  # each position reads the token before
+            place = shifted_right(place, row_mask, self.spin.backbone.config)
+            if spare:
+                place = torch.cat([torch.full_like(place[:, :1], tokens), place[:, 1:]], 1)
+        return self.text[:, None] * (tokens + spare) + place
+
+    def _in_decoder(self, tap: Tap) -> bool:
+        layout = self.spin.layout
+        return layout.decoder is not None and tap.block > layout.own_depth(self.spin.backbone)
 
     def _counting(self, part: _Kept, value: Tensor, pooling: str) -> Tensor:
         """Its tokens that the text's value comes from: of one window, where several tie of all of these."""
@@ -191,8 +216,7 @@ class _Spread:
         """Add ``(rows, tokens, neurons)`` of differences from the mean, through the head or as they are."""
         scale = self.spin.standardizer.scale[start:stop].to(parts)
         parts = parts / scale if self.weight is None else parts @ (self.weight[start:stop].to(parts) / scale[:, None])
-        layout = self.spin.layout
-        decoder = layout.decoder is not None and tap.block > layout.own_depth(self.spin.backbone)
+        decoder = self._in_decoder(tap)
         width = self.spin.config.num_features if self.weight is None else self.weight.shape[1]
         if decoder not in self.totals:
             shape = (len(self.text), parts.shape[1], width)

@@ -16,11 +16,15 @@ from ..calibration.task import METRICS, metric_title
 from ..modeling_spin import SpinForSequenceClassification
 from ..prediction import Prediction, evaluate
 from ..scoring import predict_rows
+from .cards import NeuronCard, neuron_cards
 from .explaining import explain
 from .heat import Heat, heat_of
 from .page import LONGEST
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+_MOST_CARDS = 12
+_MOST_READ = 2000  # texts that the cards are made from
+_CONTEXTS = 3  # of a neuron where it is high, and where it is low
 MOST_CELLS = 400  # of a confusion matrix, whose texts are shown
 
 
@@ -89,6 +93,7 @@ class Evaluated:
         labels: as :mod:`spin_hf` encodes them.
         prediction: of the same rows.
         heat: of the rows that a report shows, what each word adds to the answer.
+        cards: of the neurons that move the answers most.
     """
 
     name: str
@@ -97,6 +102,7 @@ class Evaluated:
     labels: np.ndarray
     prediction: Prediction
     heat: Mapping[int, Heat] = field(default_factory=dict)
+    cards: tuple[NeuronCard, ...] = ()
 
     @classmethod
     def of(
@@ -119,7 +125,12 @@ class Evaluated:
         pairs = None if rows.pairs is None else [rows.pairs[row] for row in shown]
         found = explain(model, tokenizer, texts, pairs)
         heat = {row: heat_of(own, own.label, longest=LONGEST) for row, own in zip(shown, found, strict=True)}
-        return replace(plain, heat=heat)
+        read = slice(_MOST_READ)
+        second = None if rows.pairs is None else rows.pairs[read]
+        cards: tuple[NeuronCard, ...] = ()
+        if len(rows.texts) > 1:
+            cards = neuron_cards(model, tokenizer, rows.texts[read], second, count=_CONTEXTS)[:_MOST_CARDS]
+        return replace(plain, heat=heat, cards=cards)
 
     @property
     def problem_type(self) -> str:

@@ -14,15 +14,11 @@ from ..calibration.extraction import Encoded, pad, plan_batches
 from ..modeling_spin import SpinForSequenceClassification
 from ..prediction import encode_for, probabilities_of
 from ..taps import model_device
-from .attribution import attribute, effective_head, starts_with_special
+from .attribution import ExplanationError, attribute, effective_head, starts_with_special
 from .result import Explanation, Explanations, Feature, Reading
 from .words import Piece, pieces_of, tokenized
 
 TOLERANCE = 1e-4
-
-
-class ExplanationError(RuntimeError):
-    """Contributions that don't sum to the logit, so that none of them should be believed."""
 
 
 def explain(
@@ -54,26 +50,18 @@ def explain(
     Raises:
         CalibrationError: one of its kinds, for texts, options or a tokenizer that don't fit, before any work.
         NotCalibratedError: likewise.
-        PositionsError: for a backbone that works on other positions than its tokens.
-        ExplanationError: where the parts miss a logit by more than 1e-4 of it, or of 1.
+        ExplanationError: for a backbone that works on other positions than its tokens, and where the parts miss a logit
+            by more than 1e-4 of it, or of 1.
     """
     demand_whole("batch_tokens", batch_tokens, least=1)
     encoded = encode_for(model, tokenizer, texts, pairs)
     texts, pairs = list(texts), None if pairs is None else list(pairs)
     model.eval()
-    weight, base = effective_head(model)
-    reading = Reading(
-        tuple(model.config.id2label[i] for i in range(model.config.num_labels)),
-        str(model.config.problem_type),
-        base.cpu().double().numpy(),
-        kept_features(model),
-        weight.cpu().double().numpy(),
-        bool(tokenizer.is_fast),
-    )
+    reading, weight = read_head(model, tokenizer)
     logits = np.empty((len(encoded.lengths), len(reading.names)), dtype=np.float32)
     features = np.empty((len(logits), len(reading.features)), dtype=np.float32)
     parts: dict[int, np.ndarray] = {}
-    for rows, inputs in _batches(model, tokenizer, encoded, batch_tokens):
+    for rows, inputs in input_batches(model, tokenizer, encoded, batch_tokens):
         read, added = attribute(model.spin, weight, *inputs)
         features[rows] = read.cpu().numpy()
         with torch.no_grad():
@@ -91,7 +79,7 @@ def explain(
         )
     probabilities = probabilities_of(torch.from_numpy(logits), reading.problem_type).numpy()
     cut = _cut(tokenizer, encoded, texts, pairs)
-    start = _start(model, tokenizer)
+    start = start_piece(model, tokenizer)
     found = []
     for row, pieces in enumerate(pieces_of(tokenizer, encoded, texts, pairs)):
         own_texts = (texts[row],) if pairs is None else (texts[row], pairs[row])
@@ -121,25 +109,29 @@ def token_features(
         ``(tokens, num_features)`` in standard deviations of the feature, in the order of ``Explanation.tokens``.
 
     Raises:
-        CalibrationError, NotCalibratedError, PositionsError: as :func:`explain` does.
+        CalibrationError, ExplanationError, NotCalibratedError: as :func:`explain` does.
     """
     encoded = encode_for(model, tokenizer, [text], None if pair is None else [pair])
     model.eval()
-    ((_, inputs),) = _batches(model, tokenizer, encoded, 1)
+    ((_, inputs),) = input_batches(model, tokenizer, encoded, 1)
     _, added = attribute(model.spin, None, *inputs)
     return _in_order(model, added[0].cpu().double().numpy(), encoded.lengths[0])
 
 
-def kept_features(model: SpinForSequenceClassification) -> tuple[Feature, ...]:
-    """What a classifier reads, in the order of its feature vector."""
-    return tuple(
+def read_head(model: SpinForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> tuple[Reading, Tensor]:
+    """What all explanations of a classifier share, and its weight on the model's device."""
+    weight, base = effective_head(model)
+    features = tuple(
         Feature(str(group.tap), neuron, group.pooling)
         for group in model.spin.feature_groups()
         for neuron in group.neurons.tolist()
     )
+    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    arrays = base.cpu().double().numpy(), features, weight.cpu().double().numpy()
+    return Reading(names, str(model.config.problem_type), *arrays, bool(tokenizer.is_fast)), weight
 
 
-def _batches(
+def input_batches(
     model: SpinForSequenceClassification, tokenizer: PreTrainedTokenizerBase, encoded: Encoded, batch_tokens: int
 ) -> Iterator[tuple[list[int], tuple[Tensor, Tensor, Tensor | None]]]:
     """The rows that may run together, and their mask, ids and token types on the model's device."""
@@ -157,7 +149,8 @@ def _in_order(model: SpinForSequenceClassification, added: np.ndarray, length: i
     return added[[*start, *range(length)]]
 
 
-def _start(model: SpinForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+def start_piece(model: SpinForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    """A decoder's start token, where one is read: it stands in front of a text's own."""
     if not starts_with_special(model.spin):
         return []
     name = tokenizer.convert_ids_to_tokens(int(model.spin.backbone.config.decoder_start_token_id))

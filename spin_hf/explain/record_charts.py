@@ -28,7 +28,7 @@ def by_block(result: CalibrationResult) -> Chart:
             told += f" with {probe['num_features']:,} neurons"
             lines.setdefault((tap.kind, probe["pooling"]), []).append((tap.block, probe["score"], told))
     last = max((block for points in lines.values() for block, _, _ in points), default=0)
-    depth = result.chosen.depth
+    depth = result.blocks
     return Chart(
         name="by-block",
         title="What one probe reads in each block",
@@ -148,7 +148,7 @@ def kept_by_block(result: CalibrationResult) -> Grid | None:
         row[tap.block] = row.get(tap.block, 0) + int(entry["count"])
     if not counts:
         return None
-    blocks = range(max(result.chosen.depth, *(block for row in counts.values() for block in row)) + 1)
+    blocks = range(max(result.blocks, *(block for row in counts.values() for block in row)) + 1)
     return Grid(
         name="kept-neurons",
         title="Where the kept neurons are",

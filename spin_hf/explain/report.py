@@ -103,8 +103,8 @@ class Report:
             trust_charts=self._charts["trust"],
             cost_charts=self._charts["costs"],
             first=self.first,
-            cards=[],
-            no_cards=None,
+            cards=self.first.cards if self.first else (),
+            no_cards=None if self.first else self._missing("Texts that excite the neurons are not in the record."),
             heat=self.first.heat if self.first else {},
             label_names=self.first.names if self.first else (),
             cells=cells[:MOST_CELLS],
@@ -162,10 +162,10 @@ class Report:
         return [self._missing("No test was made, so there is no score on texts that chose nothing.")]
 
     def _facts(self) -> str:
-        labels, chosen = self.result.data["labels"], self.result.chosen
+        labels = self.result.data["labels"]
         what = "It predicts a number" if self.result.confidence is None else f"It knows {len(labels):,} labels"
         neurons = f"{self._neurons:,} neuron{'s' * (self._neurons != 1)}"
-        return f"{what}, reads {neurons}, and runs {chosen.depth} of the backbone's blocks."
+        return f"{what}, reads {neurons}, and runs {self.result.blocks} of the backbone's blocks."
 
     @property
     def _neurons(self) -> int:
@@ -218,9 +218,10 @@ class Report:
                 gain = f"SPIN {chosen.score - value:+.3f}"
                 yield {"name": f"{title}, {name}, {on}", "value": f"{value:.3f}", "more": gain}
         blocks = result.settings.get("blocks")
-        saved = f"{1 - chosen.depth / blocks:.0%} of the blocks saved" if blocks and chosen.depth < blocks else ""
+        run = result.blocks
+        saved = f"{1 - run / blocks:.0%} of the blocks saved" if blocks and run < blocks else ""
         whole = f" of {blocks}" if blocks else ""
-        yield {"name": "Blocks that run", "value": f"{chosen.depth}{whole}", "more": saved}
+        yield {"name": "Blocks that run", "value": f"{run}{whole}", "more": saved}
         yield {"name": "Neurons", "value": f"{self._neurons:,}", "more": chosen.name}
         if result.confidence is not None:
             error = result.confidence.after.expected_calibration_error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,15 +87,11 @@ def _joined(text: str, i: int) -> bool:
         return True
     if _is_letter(before) and _is_letter(sign):
         return not (_is_spaceless(before) or _is_spaceless(sign))
-    following = text[i + 1 : i + 2]
-    if sign in _APOSTROPHES:
-        return before.isalpha() and following.isalpha()
-    if before in _APOSTROPHES:
-        return i > 1 and text[i - 2].isalpha() and sign.isalpha()
-    if sign in ".,":
-        return before.isdigit() and following.isdigit()
-    if before in ".,":
-        return i > 1 and text[i - 2].isdigit() and sign.isdigit()
+    for joint, kind in ((_APOSTROPHES, str.isalpha), (".,", str.isdigit)):
+        if sign in joint and kind(before) and kind(text[i + 1 : i + 2]):
+            return True
+        if before in joint and kind(sign) and kind(text[max(0, i - 2) : i - 1]):
+            return True
     return before == sign and not _is_letter(sign)
 
 
@@ -104,7 +100,8 @@ def _is_letter(sign: str) -> bool:
 
 
 def _is_spaceless(sign: str) -> bool:
-    return any(first <= ord(sign) <= last for first, last in _SPACELESS)
+    number = ord(sign)
+    return number >= _SPACELESS[0][0] and any(first <= number <= last for first, last in _SPACELESS)
 
 
 def _is_skin_tone(sign: str) -> bool:
@@ -119,7 +116,7 @@ def tokenized(texts: Sequence[str], pieces: Sequence[Piece]) -> tuple[tuple[Toke
         pieces: its tokens. One without characters belongs to its neighbour.
     """
     signs = [word_spans(text) for text in texts]
-    ends = [[end for _, end in spans] for spans in signs]
+    starts, ends = ([[span[side] for span in spans] for spans in signs] for side in (0, 1))
     bounds: list[tuple[int, int] | None] = []  # of each word; None for special tokens
     word_of: list[int] = []
     before: Piece | None = None
@@ -129,10 +126,10 @@ def tokenized(texts: Sequence[str], pieces: Sequence[Piece]) -> tuple[tuple[Toke
             before = None
         else:
             start, end = _without_space(texts[piece.part], *place)
-            for first, last in signs[piece.part][bisect_right(ends[piece.part], start) :]:
-                if first >= end:
-                    break
-                start, end = min(start, first), max(end, last)
+            spans = signs[piece.part]
+            first, last = bisect_right(ends[piece.part], start), bisect_left(starts[piece.part], end)
+            if first < last:
+                start, end = min(start, spans[first][0]), max(end, spans[last - 1][1])
             known = bounds[-1] if before is not None and before.part == piece.part else None
             if known is not None and start < known[1]:
                 bounds[-1] = min(known[0], start), max(known[1], end)
@@ -160,7 +157,7 @@ def pieces_of(
         texts, pairs: what it read from.
     """
     if not tokenizer.is_fast:
-        special = set(tokenizer.all_special_ids)
+        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         for ids in encoded.input_ids:
             names = tokenizer.convert_ids_to_tokens(ids)
             yield [Piece(name, 0, None, id in special) for name, id in zip(names, ids, strict=True)]

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from spin_hf.calibration.errors import CalibrationError
 from spin_hf.cli import app
+from spin_hf.explain.cards import neuron_cards
 from spin_hf.explain.data_charts import confusion_grid
 from spin_hf.explain.evaluation import Evaluated
 from spin_hf.explain.page import _plotly, shown
@@ -109,6 +110,15 @@ def test_every_mistake_has_its_text(page, evaluated):
     assert cells == {f"cell-{true}-{said}" for true, said in pairs}
 
 
+def test_the_cards_are_those_of_the_heaviest_neurons(page, sentiment, evaluated):
+    wanted = neuron_cards(sentiment.model, sentiment.tokenizer, evaluated.texts, count=3)[:12]
+    assert sum(tag == "article" for tag, _ in page.tags) == len(wanted) == len(evaluated.cards)
+    for card in wanted:
+        assert f"{card.tap}, neuron {card.neuron}" in page.text
+    marked = sum(len(card.high_words) + len(card.low_words) for card in wanted)
+    assert sum(tag == "mark" for tag, _ in page.tags) == marked
+
+
 def test_it_is_one_file_that_loads_nothing(page):
     assert loaded(page) == []
     (policy,) = [a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
@@ -165,7 +175,7 @@ def test_a_chart_is_valid_plotly_and_a_figure_for_papers(sentiment, evaluated, t
 def test_without_data_it_says_what_is_missing(sentiment, tmp_path):
     text = sentiment.result.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
     page = Parsed(text)
-    assert page.text.count('result.to_html("report.html", model=model, tokenizer=tokenizer, data=test)') == 3
+    assert page.text.count('result.to_html("report.html", model=model, tokenizer=tokenizer, data=test)') == 4
     assert "confusion" not in charts_of(page)
     assert "by-block" in charts_of(page)
 
