@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: setup demo test test-quantized census lint format lowest clean
+.PHONY: setup demo test test-pages test-quantized census lint format lowest clean
 
 setup: $(STAMP)
 
@@ -27,10 +27,14 @@ demo: setup
 	$(BIN)/spin-hf demo
 
 # One thread per test process: two processes with a thread pool each take turns on the same cores.
-test test-quantized lowest census: export OMP_NUM_THREADS ?= 1
+test test-pages test-quantized lowest census: export OMP_NUM_THREADS ?= 1
 
 test: setup
 	$(BIN)/python $(PYTEST) $(ARGS)
+
+# Report and app in a headless Chromium, the report also under axe. Skipped where there is no Chromium.
+test-pages: setup
+	$(BIN)/python -m pytest -rs tests/explain/test_report_page.py tests/explain/test_app_page.py $(ARGS)
 
 # Beside the environment, not in it: transformers imports both at every start, which takes seconds and warns.
 QUANTIZERS := $(abspath $(VENV))/quantizers

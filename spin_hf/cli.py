@@ -17,6 +17,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from .calibration import CalibrationResult
+from .explain.command import app as serve
+from .explain.command import report
 from .hub.command import push
 from .loading import (
     UserError,
@@ -85,15 +87,15 @@ def _one_line_errors(command: _F) -> _F:
         from .calibration import CalibrationError
         from .calibration.ranks import Ranks, ending_together
         from .exits import ExitError
+        from .explain import ExplanationError
+        from .explain.page import MissingExtraError
         from .hub import CardError, PushError
         from .modeling_spin import NotCalibratedError
         from .taps import TapError
         from .trust import CheckpointError
 
-        known = (
-            *(UserError, CalibrationError, CardError, CheckpointError, ExitError),
-            *(NotCalibratedError, PushError, TapError),
-        )
+        known: tuple[type[Exception], ...] = (UserError, CalibrationError, CardError, CheckpointError, ExitError)
+        known += (ExplanationError, MissingExtraError, NotCalibratedError, PushError, TapError)
         try:
             return ending_together(command)(*args, **kwargs)
         except known as error:
@@ -105,6 +107,12 @@ def _one_line_errors(command: _F) -> _F:
 
 
 _DATA_HELP = "csv, tsv, json, jsonl or parquet file, a folder, or NAME[/CONFIG][:SPLIT] on the Hub."
+Texts = Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")]
+TextFile = Annotated[
+    Path | None, typer.Option(help="csv, tsv, json, jsonl, parquet, or txt with a text a line, or none.")
+]
+BatchTokens = Annotated[int, typer.Option(help="Padded tokens per batch.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")]
 TextColumn = Annotated[list[str] | None, typer.Option(help="Column of the texts; twice for sentence pairs.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels.")]
 MinConfidence = Annotated[float | None, typer.Option(help="Abstain from texts of a lower confidence, 0 to 1.")]
@@ -231,26 +239,20 @@ def calibrate(
 @_one_line_errors
 def predict(
     model: Model,
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(help="csv, tsv, json, jsonl, parquet, or txt with a text a line, or none."),
-    ] = None,
+    texts: Texts = None,
+    file: TextFile = None,
     text_column: TextColumn = None,
     min_confidence: MinConfidence = None,
     exit: Annotated[int | None, typer.Option(help="Answer with this exit; see calibrate --exits.")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
+    batch_tokens: BatchTokens = 4096,
+    device: Device = None,
     backbone: Backbone = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Classify texts; for each one a JSON object goes to a line of standard output."""
     from .prediction import predict as predict_texts
 
-    first, second = texts_to_predict(texts, file, text_column)
-    given = [i for i, text in enumerate(first) if text.strip() or (second is not None and second[i].strip())]
-    if not given:
-        raise UserError("No texts: give some as arguments, with --file, or on standard input.")
+    first, second, given = _texts_given(texts, file, text_column)
     classifier, tokenizer = load_classifier(model, device, trust_remote_code, backbone)
     prediction = predict_texts(
         classifier,
@@ -267,6 +269,45 @@ def predict(
         shown = {"text": text} if second is None else {"text": text, "text_pair": second[i]}
         found = answers.get(i, {answer: None, "reason": "no text"})
         sys.stdout.write(json.dumps({**shown, **found}, ensure_ascii=False) + "\n")
+
+
+@app.command()
+@_one_line_errors
+def explain(
+    model: Model,
+    texts: Texts = None,
+    file: TextFile = None,
+    text_column: TextColumn = None,
+    label: Annotated[str | None, typer.Option(help="Explain this label instead of the answer.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line instead of colours.")] = False,
+    batch_tokens: BatchTokens = 4096,
+    device: Device = None,
+    backbone: Backbone = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Show which words and blocks speak for and against the label of texts."""
+    from .explain import explain as explain_texts
+    from .explain.terminal import shown
+
+    first, second, given = _texts_given(texts, file, text_column)
+    classifier, tokenizer = load_classifier(model, device, trust_remote_code, backbone)
+    found = explain_texts(
+        classifier,
+        tokenizer,
+        [first[i] for i in given],
+        None if second is None else [second[i] for i in given],
+        batch_tokens=batch_tokens,
+    )
+    if label is not None:
+        found.reading.label(label)
+    if not as_json:
+        for explanation in found:
+            _out.print(shown(explanation, label), highlight=False)
+        return
+    answers = {i: explanation.to_dict() for i, explanation in zip(given, found, strict=True)}
+    for i, text in enumerate(first):
+        blank = {"text": text, "label": None, "reason": "no text"}
+        sys.stdout.write(json.dumps(answers.get(i, blank), ensure_ascii=False) + "\n")
 
 
 @app.command()
@@ -366,6 +407,19 @@ def demo(
 
 
 app.command()(_one_line_errors(push))
+app.command()(_one_line_errors(report))
+app.command(name="app")(_one_line_errors(serve))
+
+
+def _texts_given(
+    texts: list[str] | None, file: Path | None, text_column: list[str] | None
+) -> tuple[list[str], list[str] | None, list[int]]:
+    """Texts, their pairs, and the numbers of those that are not blank."""
+    first, second = texts_to_predict(texts, file, text_column)
+    given = [i for i, text in enumerate(first) if text.strip() or (second is not None and second[i].strip())]
+    if not given:
+        raise UserError("No texts: give some as arguments, with --file, or on standard input.")
+    return first, second, given
 
 
 def _ago(seconds: float) -> str:

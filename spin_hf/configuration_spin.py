@@ -109,7 +109,7 @@ class SpinConfig(PreTrainedConfig):
         self.layout = checked_layout(layout)
         self.features = checked_features(features or [])
         self.exits = checked_exits(exits or [])
-        self.exit_features = checked_features(exit_features or [])
+        self.exit_features = checked_features(exit_features or [], "exit_features")
         self.class_weights = class_weights
         self.max_text_tokens = max_text_tokens
         self.windows = checked_windows(windows)

@@ -65,6 +65,10 @@ class Standardizer(nn.Module):
         neurons = [(tap, [(pooling, self.neurons[a:b]) for pooling, a, b in of_tap]) for tap, of_tap in parts]
         return Selection(neurons, self.mean, self.scale)
 
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Features ``(batch, num_features)`` from pooled neurons in their order."""
+        return Selection([], self.mean, self.scale).standardise([pooled])
+
 
 def described(groups: Sequence[FeatureGroup]) -> list[dict[str, Any]]:
     """The groups as ``SpinConfig.features`` holds them.

@@ -165,14 +165,16 @@ def predict(
     for rows, batch in batches(model, tokenizer, encoded, batch_tokens):
         logits[rows] = model(**batch, exit=exit).logits.cpu()
     problem_type = model.config.problem_type
-    if problem_type == "regression":
-        probabilities = logits
-    elif problem_type == "multi_label_classification":
-        probabilities = logits.sigmoid()
-    else:
-        probabilities = logits.softmax(-1)
+    probabilities = probabilities_of(logits, problem_type)
     names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
     return Prediction(logits.numpy(), probabilities.numpy(), names, problem_type, encoded.truncated, min_confidence)
+
+
+def probabilities_of(logits: Tensor, problem_type: str) -> Tensor:
+    """Probabilities ``(n, num_labels)`` of logits; for regression the numbers themselves."""
+    if problem_type == "regression":
+        return logits
+    return logits.sigmoid() if problem_type == "multi_label_classification" else logits.softmax(-1)
 
 
 def evaluate(prediction: Prediction, labels: np.ndarray) -> dict[str, float]:

@@ -11,9 +11,24 @@ from rich.table import Table
 from sklearn.metrics import confusion_matrix
 from transformers import PreTrainedTokenizerBase
 
-from .calibration.data import encode_labels, read_rows
+from .calibration.data import Rows, encode_labels, read_rows
 from .modeling_spin import SpinForSequenceClassification
-from .prediction import evaluate, predict
+from .prediction import Prediction, evaluate, predict
+
+
+def predict_rows(
+    model: SpinForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Any,
+    *,
+    min_confidence: float | None = None,
+    **columns: Any,
+) -> tuple[Rows, np.ndarray, Prediction]:
+    """Labelled rows with their encoded labels and what a classifier says of them; arguments as :func:`score_rows`."""
+    rows = read_rows(source, "test", **columns)
+    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    labels = encode_labels(rows, names, model.config.problem_type, "test")
+    return rows, labels, predict(model, tokenizer, rows.texts, rows.pairs, min_confidence=min_confidence)
 
 
 def score_rows(
@@ -37,10 +52,8 @@ def score_rows(
         ``rows``, ``truncated``, each metric (``None`` where it is no number) and, for one label per text, ``labels``
         and ``confusion_matrix`` with a row for each true label.
     """
-    rows = read_rows(source, "test", **columns)
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    labels = encode_labels(rows, tuple(names), model.config.problem_type, "test")
-    prediction = predict(model, tokenizer, rows.texts, rows.pairs, min_confidence=min_confidence)
+    rows, labels, prediction = predict_rows(model, tokenizer, source, min_confidence=min_confidence, **columns)
+    names = list(prediction.names)
     values: dict[str, Any] = {"rows": len(rows), "truncated": prediction.truncated}
     for name, value in evaluate(prediction, labels).items():
         values[name] = None if np.isnan(value) else value

@@ -154,13 +154,17 @@ def checked_exits(entries: Any) -> list[dict[str, Any]]:
     return list(entries)
 
 
-def checked_features(entries: Any) -> list[dict[str, Any]]:
-    """The entries of ``SpinConfig.features``, or of the exits'. Raises :class:`CheckpointError` for another shape."""
+def checked_features(entries: Any, name: str = "features") -> list[dict[str, Any]]:
+    """The entries of ``SpinConfig.features``, or of another list alike.
+
+    Raises:
+        CheckpointError: for one of another shape.
+    """
     for entry in entries:
         whole = isinstance(entry, Mapping) and set(entry) == {"tap", "pooling", "count"}
         if not whole or type(entry["count"]) is not int or not 1 <= entry["count"] <= _MOST_NEURONS:
             raise CheckpointError(
-                "An entry of `features` or `exit_features` should look like {'tap': 'ffn.3', 'pooling': 'mean', "
-                f"'count': 120}}, with a count from 1 to {_MOST_NEURONS}; got {entry}."
+                f"An entry of `{name}` should look like {{'tap': 'ffn.3', 'pooling': 'mean', 'count': 120}}, with a "
+                f"count from 1 to {_MOST_NEURONS}; got {entry}."
             )
     return list(entries)

@@ -35,7 +35,7 @@ def calibrate(folder: Path, name: str, **options: object) -> None:
             run(*arguments)
 
         model.spin.run_backbone = dying
-    result = spin_calibrate(model, builders.make_tokenizer(), rows, **{**QUICK, **options})
+    result = spin_calibrate(model, builders.make_tokenizer(), rows, **{**QUICK, "exits": True, **options})
     (folder / name).mkdir(parents=True)
     save_file(
         model.state_dict(), folder / name / "model.safetensors"

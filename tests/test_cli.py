@@ -223,6 +223,21 @@ def test_mistakes_name_the_options_of_the_shell(files, tmp_path, minilm_path, mo
     assert not re.search(r"from_backbone|\w+_\w+=|\b(eval|cv=|labels=)", line)
 
 
+def test_exits(files, classifier, tmp_path, minilm_path):
+    options = ("--kind", "ffn", "--pooling", "mean", "--max-depth", 2, "--device", "cpu", "--out", tmp_path / "out")
+    shown = run("calibrate", minilm_path, "--train", files / "train.jsonl", "--exits", *options).stdout
+    assert "exits: the best at each depth are" in shown
+    entries = json.loads((tmp_path / "out" / "config.json").read_text())["exits"]
+    assert {entry["depth"] for entry in entries} <= {1, 2}
+    answers = [run("predict", tmp_path / "out", "I love it.", "--exit", i).stdout for i in (0, len(entries) - 1)]
+    assert answers[0] != answers[1]
+    line = fails("predict", tmp_path / "out", "I love it.", "--exit", len(entries))
+    assert f"--exit must be a number from 0 to {len(entries) - 1}; got {len(entries)}." in line
+    assert "config.json lists them" in line
+    line = fails("predict", classifier, "I love it.", "--exit", 0)
+    assert line.endswith("Exits are made when it is calibrated: spin-hf calibrate --exits.")
+
+
 def test_names_that_look_like_options_stay():
     for message in ("data/cv.csv is not a file.", "The labels are 'cv' and 'text_column'.", "max_depth.csv is no file"):
         assert in_shell_words(message) == message

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -170,16 +171,24 @@ def test_head_only(run, tmp_path):
 
 
 def test_gradio_app(classifier, monkeypatch):
+    gradio = pytest.importorskip("gradio", reason="the page needs the extra app")
+    served = []
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda app, **options: served.append((app.title, options)))
+    monkeypatch.setattr("sys.argv", ["gradio_app.py"])
+    monkeypatch.setenv("SPIN_CLASSIFIER", str(classifier))  # as on a Space
+    runpy.run_path(str(EXAMPLES / "gradio_app.py"), run_name="__main__")
+    assert served == [("model: a SPIN classifier", {"server_port": None})]
+
+
+def test_screenshots(classifier, tmp_path):
     pytest.importorskip("gradio", reason="the page needs the extra app")
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    app = runpy.run_path(str(EXAMPLES / "gradio_app.py"))["make_app"](classifier)
-    text = "Why does nobody answer my letters?"
-    answer, probabilities = app.fn(text, 0)
-    assert answer == max(probabilities, key=probabilities.get)
-    assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
-    assert app.fn(text, 1) == ("not sure enough to say", probabilities)
-    with pytest.raises(Exception, match="Write something"):
-        app.fn(" ", 0)
+    pytest.importorskip("playwright", reason="pictures need the extra browser")
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        pytest.skip("pictures are taken where Chromium is installed")
+    run_example("screenshots.py", classifier, "--out", tmp_path, "--rows", 20)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert set(sizes) == {"report.webp", "report-phone.webp", "app.webp"}
+    assert min(sizes.values()) > 10_000
 
 
 def test_notebook(minilm_path, tmp_path, monkeypatch):

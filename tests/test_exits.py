@@ -412,3 +412,12 @@ def test_exits_on_taps_that_there_are_not(model, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"ffn\.9"):
         SpinForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_shared_features_of_another_shape(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["exit_features"][0]["count"] = -1
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="An entry of `exit_features` should look like"):
+        SpinForSequenceClassification.from_pretrained(tmp_path)

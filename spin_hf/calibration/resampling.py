@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from scipy.stats import binomtest
 
 from .task import METRICS, Metric
 
@@ -30,6 +31,28 @@ def paired_error(
     differences = _scores(score, labels, first, draws) - _scores(score, labels, second, draws)
     known = differences[np.isfinite(differences)]
     return float(np.std(known, ddof=1)) if len(known) > 1 else float("nan")
+
+
+def bootstrap_interval(
+    score: Metric, labels: np.ndarray, predictions: np.ndarray, *, rounds: int = 1000, seed: int = 0
+) -> tuple[float, float] | None:
+    """Percentile interval of 95% of a score (Efron and Tibshirani 1993, chapter 13); arguments as above.
+
+    ``None`` where fewer than two resamples can be scored.
+    """
+    draws = np.random.default_rng(seed).integers(0, len(labels), (rounds, len(labels)))
+    found = _scores(score, labels, predictions, draws)
+    known = found[np.isfinite(found)]
+    if len(known) < 2:
+        return None
+    low, high = np.quantile(known, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def share_interval(share: float, rows: int) -> tuple[float, float]:
+    """Wilson's 95% interval (1927) of a share of so many rows, such as an accuracy."""
+    found = binomtest(round(share * rows), rows).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def _scores(score: Metric, labels: np.ndarray, predictions: np.ndarray, draws: np.ndarray) -> np.ndarray:

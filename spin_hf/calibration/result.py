@@ -164,6 +164,26 @@ class CalibrationResult:
         values["confidence"] = None if self.confidence is None else self.confidence.to_dict()
         return values
 
+    def to_html(
+        self, path: str | Path, *, model: Any = None, tokenizer: Any = None, data: Any = None, **columns: Any
+    ) -> Path:
+        """Write a report of one file: charts, scores and costs; with a model and labelled texts, mistakes and examples.
+
+        Args:
+            path: of the file.
+            model: the classifier that came of this calibration, for ``data``.
+            tokenizer: its own.
+            data: labelled texts that chose nothing, in any form that :func:`spin_hf.spin_calibrate` takes.
+            **columns: ``text_column`` and ``label_column`` of ``data``.
+
+        Raises:
+            ImportError: without plotly: ``pip install 'spin_hf[report]'``.
+            CalibrationError: for data that can't be read or doesn't fit, or that comes without model and tokenizer.
+        """
+        from ..explain.report import report_of  # the one import that points upward: a result shows itself
+
+        return report_of(self, model, tokenizer, data, **columns).save(path)
+
     def save(self, path: str | Path) -> None:
         """Write JSON, whole or not at all."""
         path = Path(path)

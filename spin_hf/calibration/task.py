@@ -35,6 +35,12 @@ _DEFAULT_METRIC = {
     "multi_label_classification": "micro_f1",
     "regression": "r2",
 }
+_TITLES = {"macro_f1": "Macro F1", "micro_f1": "Micro F1", "matthews": "Matthews correlation", "r2": "R²"}
+
+
+def metric_title(metric: str) -> str:
+    """A metric's name, as a reader knows it."""
+    return _TITLES.get(metric) or metric.replace("_", " ").capitalize()
 
 
 @dataclass(frozen=True)

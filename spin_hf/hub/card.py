@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from .. import __version__
 from ..calibration import CalibrationResult
+from ..calibration.task import metric_title
 from ..taps import Tap
 from .folder import Checkpoint, hub_id
 from .markdown import Markdown, render
@@ -28,7 +29,6 @@ from .metadata import (
     metadata,
     scores,
     standard_error,
-    title,
     was_trained,
 )
 from .profile import layer_profile
@@ -92,7 +92,7 @@ def write_card(
     folder = checkpoint.folder
     check_base_model(base_model)
     if result is None:
-        result = _record(folder)
+        result = read_record(folder)
     else:
         result.save(folder / RECORD)
     if test is not None:
@@ -137,7 +137,7 @@ def card_text(checkpoint: Checkpoint, *, model_id: str | None = None) -> str:
     Raises:
         CardError: as in :func:`write_card`.
     """
-    return _text(checkpoint, _record(checkpoint.folder), _told_before(checkpoint.folder), model_id=model_id)
+    return _text(checkpoint, read_record(checkpoint.folder), _told_before(checkpoint.folder), model_id=model_id)
 
 
 def is_as_written(checkpoint: Checkpoint) -> bool:
@@ -155,12 +155,13 @@ def named_base_model(checkpoint: Checkpoint) -> str | None:
     return base_model_of(checkpoint, _told_before(checkpoint.folder))
 
 
-def _record(folder: Path) -> CalibrationResult:
+def read_record(folder: Path) -> CalibrationResult:
+    """The record of the calibration that is kept in a classifier's folder. Raises :class:`CardError` without one."""
     try:
         return CalibrationResult.load(folder / RECORD)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CardError(
-            f"{folder / RECORD} can't be read ({error}), and a card is written from it. Save it there: "
+            f"{folder / RECORD} can't be read ({error}), and cards and reports are made from it. Save it there: "
             f"result.save({str(folder / RECORD)!r}), or pass result= to write_card."
         ) from error
 
@@ -171,7 +172,8 @@ def _checked(test: Mapping[str, Any]) -> dict[str, Any]:
     return dict(test)
 
 
-def _evaluation(folder: Path) -> dict[str, Any] | None:
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """The scores on rows that chose nothing, if any are kept there. Raises :class:`CardError` for a damaged file."""
     path = folder / EVALUATION
     if not path.is_file():
         return None
@@ -240,7 +242,7 @@ def _open_questions(checkpoint: Checkpoint, told: Mapping[str, Any]) -> list[str
 
 def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, Any], *, model_id: str | None) -> str:
     name = (model_id or checkpoint.folder.resolve().name).rpartition("/")[2]
-    test = _evaluation(checkpoint.folder)
+    test = read_evaluation(checkpoint.folder)
     data = metadata(checkpoint, result, told, test, name)
     config, features = checkpoint.config, checkpoint.config["features"]
     return render(
@@ -264,9 +266,11 @@ def _text(checkpoint: Checkpoint, result: CalibrationResult, told: Mapping[str, 
         dataset=told.get("dataset_name"),
         result=result,
         chosen=result.chosen,
+        exits=config.get("exits") or [],
+        blocks_run=result.blocks if config.get("exits") else result.chosen.depth,
         num_features=sum(entry["count"] for entry in features),
         changed=features != list(result.kept),
-        metric=title(result.metric),
+        metric=metric_title(result.metric),
         standard_error=standard_error(result.metric, result.chosen.score, result.data["eval_rows"]),
         best_baseline=max(result.baselines.values(), default=None),
         test=test,
@@ -285,7 +289,7 @@ def _test_scores(first: str, test: Mapping[str, Any] | None, problem_type: str |
     """The test's scores by their titles, beginning with the one that chose the model."""
     words = {"accuracy": "Exact match"} if problem_type == "multi_label_classification" else {}  # of all labels at once
     ordered = sorted(scores(test), key=lambda pair: pair[0] != first)
-    return [(words.get(key) or title(key), value) for key, value in ordered]
+    return [(words.get(key) or metric_title(key), value) for key, value in ordered]
 
 
 def _matrix(test: Mapping[str, Any] | None) -> list[tuple[str, list[int]]]:

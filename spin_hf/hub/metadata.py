@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..calibration import CalibrationResult
+from ..calibration.task import metric_title
 from .folder import Checkpoint
 
 PAPER = "2311.15983"
@@ -18,14 +19,14 @@ UNNAMED = "unknown"  # data, where a person named none: the Hub wants a name
 # Fields that are written anew with each card; all others are a person's.
 WRITTEN = ("library_name", "pipeline_tag", "metrics", "model-index", "base_model_relation", "tags")
 
-# Our metrics: the Hub's name, the reader's name, and the Hub's arguments.
-_METRICS: dict[str, tuple[str, str, dict[str, str] | None]] = {
-    "accuracy": ("accuracy", "Accuracy", None),
-    "macro_f1": ("f1", "Macro F1", {"average": "macro"}),
-    "micro_f1": ("f1", "Micro F1", {"average": "micro"}),
-    "matthews": ("matthews_correlation", "Matthews correlation", None),
-    "r2": ("r_squared", "R²", None),
-    "mean_absolute_error": ("mae", "Mean absolute error", None),
+# Our metrics: the Hub's name, and the Hub's arguments.
+_METRICS: dict[str, tuple[str, dict[str, str] | None]] = {
+    "accuracy": ("accuracy", None),
+    "macro_f1": ("f1", {"average": "macro"}),
+    "micro_f1": ("f1", {"average": "micro"}),
+    "matthews": ("matthews_correlation", None),
+    "r2": ("r_squared", None),
+    "mean_absolute_error": ("mae", None),
 }
 
 
@@ -81,7 +82,7 @@ def _eval_results(
         found = [("validation", result.metric, result.chosen.score, " on the rows that chose the model")]
     results = []
     for split, key, value, remark in found:
-        kind, _, arguments = _METRICS.get(key, (key, "", None))
+        kind, arguments = _METRICS.get(key, (key, None))
         results.append(
             EvalResult(
                 task_type="text-classification",
@@ -90,7 +91,7 @@ def _eval_results(
                 dataset_name=told.get("dataset_name", UNNAMED),
                 dataset_split=split,
                 metric_type=kind,
-                metric_name=title(key) + remark,
+                metric_name=metric_title(key) + remark,
                 metric_value=None if value is None else round(value, 4),
                 metric_args=arguments,
             )
@@ -101,11 +102,6 @@ def _eval_results(
 def was_trained(result: CalibrationResult) -> bool:
     """Whether the calibration was one of a backbone that had been trained or adapted before."""
     return bool(result.settings.get("recalibrate"))
-
-
-def title(metric: str) -> str:
-    """A metric's name, as a reader knows it."""
-    return _METRICS[metric][1] if metric in _METRICS else metric.replace("_", " ").capitalize()
 
 
 def scores(test: Mapping[str, Any] | None) -> list[tuple[str, float]]:

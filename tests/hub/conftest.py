@@ -23,13 +23,14 @@ def backbone_folder(tmp_path_factory) -> Path:
 def made(backbone_folder) -> Callable[..., Path]:
     """``made(folder, **options)``: a calibrated classifier with tokenizer and record, saved to a folder."""
 
-    def make(folder: Path, *, rows: dict | None = None, backbone: str | None = None, **options: object) -> Path:
+    def make(
+        folder: Path, *, rows: dict | None = None, backbone: str | None = None, exits: bool = False, **options: object
+    ) -> Path:
         tokenizer = builders.make_tokenizer()
         model = SpinForSequenceClassification.from_backbone(backbone or backbone_folder, **options)
         data = rows or builders.make_sentiment_rows()
-        result = spin_calibrate(
-            model, tokenizer, data, kinds=["ffn", "hidden"], poolings=["mean"], Cs=4, etas=[0.5], progress=False
-        )
+        settings = {"kinds": ["ffn", "hidden"], "poolings": ["mean"], "Cs": 4, "etas": [0.5], "progress": False}
+        result = spin_calibrate(model, tokenizer, data, exits=exits, **settings)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         result.save(folder / "calibration.json")

@@ -250,6 +250,24 @@ def test_other_tasks_have_their_own_words(made, tmp_path, problem):
     assert ModelCard(text).data.metrics == (["f1"] if multi else ["r_squared"])
 
 
+def test_exits_are_listed(made, tmp_path):
+    folder = made(tmp_path / "films", labels=["bad", "good"], exits=True)
+    result = CalibrationResult.load(folder / "calibration.json")
+    assert result.chosen.depth < result.blocks == 3
+    text = write_card(folder).read_text(encoding="utf-8")
+    assert "| Blocks that run | 3 of 3 |" in text
+    assert f"It holds {len(result.exits)} more heads" in text
+    last = result.exits[-1]
+    row = f"| {len(result.exits) - 1} | 3 | 0.5 | {last.num_features} | {last.score:.4f} |"
+    assert row in text
+    model = SpinForSequenceClassification.from_pretrained(folder)
+    model.keep_exit(None)
+    model.save_pretrained(folder)
+    text = write_card(folder).read_text(encoding="utf-8")
+    assert f"| Blocks that run | {result.chosen.depth} of 3 |" in text
+    assert "more heads" not in text
+
+
 @pytest.mark.parametrize("pairs", [False, True])
 def test_its_code_runs_as_it_stands(made, tmp_path, monkeypatch, capsys, pairs):
     rows = builders.make_sentiment_rows()

@@ -1,0 +1,70 @@
+"""What an explanation costs, and how exactly its parts sum to the logits.
+
+The time of ``explain`` over that of the same model's forward on the same batches, both in CPU seconds of this process
+and the least of some repetitions; and the largest difference of a logit and the sum of its parts, over max(1, the
+logit's size).
+
+    python examples/benchmarks/explain.py --model FOLDER --data DATA --set sst2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import read_split
+
+from spin_hf.explain import explain
+from spin_hf.loading import load_classifier
+from spin_hf.prediction import batches, encode_for
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    found = []
+    for _ in range(repeats):
+        started = time.process_time()
+        work()
+        found.append(time.process_time() - started)
+    return min(found)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a classifier")
+    parser.add_argument("--data", type=Path, required=True, help="folder with NAME/test.jsonl.gz")
+    parser.add_argument("--set", default="sst2")
+    parser.add_argument("--texts", type=int, default=1000, help="whose sums are checked")
+    parser.add_argument("--timed", type=int, default=200, help="of them that are timed")
+    parser.add_argument("--repeats", type=int, default=2)
+    chosen = parser.parse_args()
+    model, tokenizer = load_classifier(chosen.model, "cpu", False)
+    texts = [row["text"] for row in read_split(chosen.data, chosen.set, "test")[: chosen.texts]]
+    timed = texts[: chosen.timed]
+    prepared = list(batches(model, tokenizer, encode_for(model, tokenizer, timed, None), 4096))
+
+    def forward() -> None:
+        with torch.no_grad():
+            for _, batch in prepared:
+                model(**batch)
+
+    forward()  # warm
+    plain = seconds(forward, chosen.repeats)
+    explained = seconds(lambda: explain(model, tokenizer, timed), chosen.repeats)
+    row = {
+        "set": chosen.set,
+        "texts": len(texts),
+        "features": model.config.num_features,
+        "worst_error": explain(model, tokenizer, texts).worst_error,
+        "timed": len(timed),
+        "forward_seconds": round(plain, 2),
+        "explain_seconds": round(explained, 2),
+        "ratio": round(explained / plain, 3),
+    }
+    print(json.dumps(row))
