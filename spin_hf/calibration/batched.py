@@ -20,6 +20,7 @@ from .losses import Loss
 from .solver import balance
 
 _CHECK_EVERY = 25  # steps between two looks at the gaps
+_PATIENCE = 20  # looks without a better gap anywhere after which rounding is taken to be the limit
 _POWER_ROUNDS = 30
 _LEAST_WIDTH = 2048  # features up to which all are read in every step
 _LEAST_WORKING = 512
@@ -150,17 +151,19 @@ def solve_together(
     )
     rows, kept = torch.arange(shape[0], device=x.device), torch.arange(columns, device=x.device)
     state = _State.begin(weight, intercept)
-    steps = 0
+    steps = since_better = 0
     while True:
         objective, gap, balanced = batch.certify(state.weight, state.intercept, penalty)
         better = gap < found.gap[rows[:, None], kept]
+        gained = bool((gap < 0.9 * found.gap[rows[:, None], kept]).any())
+        since_better = 0 if gained else since_better + 1
         spots = torch.where(better)
         at = rows[spots[0]], kept[spots[1]]
         found.weight[at] = state.weight.permute(0, 2, 3, 1)[spots]
         found.intercept[at] = balanced[spots].to(x.dtype)
         found.objective[at], found.gap[at] = objective[spots], gap[spots]
         left = found.gap[rows[:, None], kept] > tol
-        if steps >= max_steps or not bool(left.any()):
+        if steps >= max_steps or since_better >= _PATIENCE or not bool(left.any()):
             return Solutions(found.weight, found.intercept, found.objective, found.gap, steps)
         some_rows, some = left.any(1), left.any(0)
         if 4 * int(some_rows.sum()) <= 3 * len(rows) or not bool(some.all()):
@@ -219,6 +222,8 @@ def solve_sparse(
         weight = torch.zeros_like(found.weight).scatter(3, spread, solved.weight)
         steps = found.steps + solved.steps
         found = replace(whole.solutions(weight, solved.intercept, L1(thresholds)), steps=steps)
+        if float(solved.gap.max()) > max(tol / 2, gap / 10):
+            break  # rounding is the limit
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -40,7 +41,7 @@ class Encoded:
     def windowed(self) -> int:
         return 0 if self.windows is None else sum(length > self.windows.size for length in self.lengths)
 
-    @property
+    @functools.cached_property
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.input_ids]
 

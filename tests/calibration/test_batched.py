@@ -1,0 +1,112 @@
+"""The solver for many problems at once against the one for a single path, whose own oracle is scikit-learn."""
+
+import pytest
+import torch
+
+from spin_hf.calibration import batched
+from spin_hf.calibration.batched import L1, L2, solve_sparse, solve_together
+from spin_hf.calibration.losses import Logistic, Multinomial, Squared
+from spin_hf.calibration.paths import solve_paths
+from spin_hf.calibration.ridge import solve_ridge
+from spin_hf.calibration.solver import solve_path
+
+LOSSES = {"logistic": Logistic(), "multinomial": Multinomial(), "squared": Squared()}
+GRID = [0.01, 0.03, 0.1, 0.3, 1.0]
+
+
+def problem(kind, *, taps=3, rows=120, width=40, weighted=False):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(taps, rows, width, generator=random) + torch.randn(taps, rows, 1, generator=random)
+    x = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
+    columns = 3 if kind == "multinomial" else 1
+    scores = x[0] @ torch.randn(width, columns, generator=random) / 3
+    noise = torch.randn(rows, columns, generator=random)
+    y = {
+        "logistic": (scores + noise > 0).float(),
+        "multinomial": torch.nn.functional.one_hot((scores + noise).argmax(1), 3).float(),
+        "squared": scores + noise,
+    }[kind]
+    s = torch.rand(rows, 1, generator=random) + 0.5 if weighted else torch.ones(rows, 1)
+    return x, y, s
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_paths_solved_together_are_those_solved_alone(kind, weighted):
+    x, y, s = problem(kind, weighted=weighted)
+    together = list(solve_paths(x, y, s, LOSSES[kind], [GRID] * 3, [True] * 3, tol=1e-6))
+    assert len(together) == len(GRID)
+    for tap in range(3):
+        for points, alone in zip(together, solve_path(x[tap], y, s, LOSSES[kind], GRID, tol=1e-6), strict=True):
+            point = points[tap]
+            assert point.C == alone.C
+            assert point.converged
+            assert point.gap <= 1e-6
+            assert point.objective == pytest.approx(alone.objective, rel=2e-6)
+            torch.testing.assert_close(point.weight, alone.weight, atol=2e-2, rtol=2e-2)
+
+
+def test_factors_scale_the_penalty_of_each_feature():
+    x, y, s = problem("logistic")
+    factors = torch.linspace(0.2, 5.0, x.shape[2]).expand(3, -1)
+    together = list(solve_paths(x, y, s, Logistic(), [GRID] * 3, [True] * 3, factors=factors, tol=1e-6))
+    for points, alone in zip(together, solve_path(x[1], y, s, Logistic(), GRID, factors=factors[1]), strict=True):
+        assert points[1].objective == pytest.approx(alone.objective, rel=2e-4)
+
+
+def test_a_path_that_has_ended_is_not_followed_and_an_empty_grid_has_none():
+    x, y, s = problem("logistic")
+    alive = [True, True, True]
+    found = []
+    for points in solve_paths(x, y, s, Logistic(), [GRID, [], GRID], alive):
+        found.append([point is not None for point in points])
+        alive[0] = False
+    assert found == [[True, False, True]] * 4 + [[False, False, True]]
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_wide_features_are_solved_by_working_sets(kind, monkeypatch):
+    x, y, s = problem(kind, width=90)
+    thresholds = (1 / torch.tensor(GRID)).reshape(1, 1, -1, 1).expand(1, 90, -1, 1)
+    start = x.new_zeros(3, len(GRID), y.shape[1], 90)
+    whole = solve_sparse(x, y, s, LOSSES[kind], thresholds, start, None, 1e-3)
+    monkeypatch.setattr(batched, "_LEAST_WIDTH", 10)
+    monkeypatch.setattr(batched, "_LEAST_WORKING", 20)
+    parts = solve_sparse(x, y, s, LOSSES[kind], thresholds, start, None, 1e-3)
+    assert float(parts.gap.max()) <= 1e-3
+    torch.testing.assert_close(parts.objective, whole.objective, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_ridge_heads_on_parts_of_the_columns_are_those_solved_alone(kind):
+    x, y, s = problem(kind, taps=1)
+    members = torch.zeros(1, 40, 4, 1)
+    members[:, :10, :2] = 1.0
+    members[:, :, 2:] = 1.0
+    Cs = [0.01, 0.5, 0.01, 0.5]
+    ridge = (1 / torch.tensor(Cs)).reshape(1, 1, 4, 1)
+    found = solve_together(x, y, s, LOSSES[kind], L2(ridge, members), 4, tol=1e-6)
+    assert float(found.gap.max()) <= 1e-6
+    for column, C in enumerate(Cs):
+        width = int(members[0, :, column].sum())
+        (alone,) = solve_ridge(x[0, :, :width], y, s, LOSSES[kind], [C], tol=1e-6)
+        assert found.objective[0, column].item() == pytest.approx(alone.objective, rel=2e-6)
+        torch.testing.assert_close(found.weight[0, column, :, :width], alone.weight, atol=1e-3, rtol=1e-2)
+        assert not found.weight[0, column, :, width:].any()
+
+
+def test_l1_heads_may_be_kept_from_columns():
+    x, y, s = problem("logistic", taps=1)
+    thresholds = torch.full((1, 40, 1, 1), 2.0)
+    thresholds[:, 10:] = torch.finfo(torch.float32).max
+    found = solve_together(x, y, s, Logistic(), L1(thresholds), 1, tol=1e-6)
+    (alone,) = solve_path(x[0, :, :10], y, s, Logistic(), [0.5], tol=1e-6)
+    assert found.objective.item() == pytest.approx(alone.objective, rel=2e-6)
+    assert not found.weight[..., 10:].any()
+
+
+def test_what_is_not_solved_in_time_says_its_gap():
+    x, y, s = problem("logistic", rows=60)
+    found = solve_together(x, y, s, Logistic(), L1(torch.full((1, 40, 1, 1), 1e-4)), 1, max_steps=25)
+    assert found.steps == 25
+    assert 1e-4 < float(found.gap.min()) < 1.0
