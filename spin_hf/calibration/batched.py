@@ -27,6 +27,11 @@ _LEAST_WORKING = 512
 _MOST_ROUNDS = 20
 
 
+def pays(device: torch.device) -> bool:
+    """Whether to solve together there."""
+    return device.type != "cpu"
+
+
 class Penalty(Protocol):
     """Of the weights ``(B, d, C, K)``; ``B`` is 1 where it is the same for all."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..taps import Tap
-from .batched import L1, L2, Penalty, solve_together
+from .batched import L1, L2, Penalty, pays, solve_together
 from .probes import Labelled, Probe, standardise
 from .ridge import curvature_gram, solve_ridge
 from .selection import Candidate, Columns, combinations, members
@@ -139,7 +139,7 @@ class HeadFitter:
         x = features[rows]
         y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
         indices = [torch.from_numpy(np.flatnonzero(columns.kept(eta, depth))).to(self.device) for eta in etas]
-        if x.is_cuda:
+        if pays(x.device):
             yield from zip(etas, self._fit_together(x, features[held_out], columns, indices, rows), strict=True)
             return
         sharing = [index for index in indices if len(index) <= len(x)]  # wider ones are solved in the rows' coordinates

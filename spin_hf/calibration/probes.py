@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..taps import Tap
+from .batched import pays
 from .losses import Loss
 from .paths import solve_paths
 from .solver import PathPoint, smallest_useful_C, solve_path
@@ -123,7 +124,6 @@ def fit_probes(
         For each place one probe per C, the best score first, then the strongest penalty.
     """
     loss = data.task.loss
-    together = features[0].is_cuda
     searches = [_Search(tap, pooling, data, raw=raw, stop_early=stop_early) for tap, pooling in places]
     grids: list[list[float]] = []
     alive = [True] * len(places)
@@ -137,7 +137,7 @@ def fit_probes(
         trained = [take(own, rows) for own in x]
         grids = grids or [_grid(part, y, s, loss, Cs) for part in trained]
         factors = torch.stack([1.0 / search.standard[-1][2] for search in searches]) if raw else None
-        if together:
+        if pays(x.device):
             problems.append(solve_paths(take(x, rows), y, s, loss, grids, alive, factors=factors, tol=tol))
         else:
             problems.append(_in_turn(trained, y, s, loss, grids, alive, factors, tol))
@@ -245,7 +245,7 @@ def in_groups(places: Sequence[Place], widths: Mapping[Tap, int], rows: int, dev
     A function of its arguments alone, whatever the number of processes and what else is in memory: the grouping may
     show in the last bits.
     """
-    if device.type == "cpu":
+    if not pays(device):
         return [[place] for place in places]
     groups: list[list[Place]] = []
     for width in dict.fromkeys(widths[tap] for tap, _ in places):

@@ -1,9 +1,12 @@
 """The solver for many problems at once against the one for a single path, whose own oracle is scikit-learn."""
 
+import copy
+
 import pytest
 import torch
 
-from spin_hf.calibration import batched
+from spin_hf import SpinForSequenceClassification, spin_calibrate
+from spin_hf.calibration import batched, heads, probes
 from spin_hf.calibration.batched import L1, L2, solve_sparse, solve_together
 from spin_hf.calibration.losses import Logistic, Multinomial, Squared
 from spin_hf.calibration.paths import solve_paths
@@ -110,3 +113,30 @@ def test_what_is_not_solved_in_time_says_its_gap():
     found = solve_together(x, y, s, Logistic(), L1(torch.full((1, 40, 1, 1), 1e-4)), 1, max_steps=25)
     assert found.steps == 25
     assert 1e-4 < float(found.gap.min()) < 1.0
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_a_calibration_that_solves_together_chooses_as_one_that_does_not(
+    preset, bert_backbone, tokenizer, sentiment_rows, monkeypatch
+):
+    texts, labels = sentiment_rows["text"], sentiment_rows["label"]
+    options = {"Cs": 4} if preset == "default" else {"Cs": [0.1, 1.0], "poolings": ["mean"]}
+
+    def calibrate():
+        model = SpinForSequenceClassification.from_backbone(copy.deepcopy(bert_backbone))
+        data = (texts[:52], labels[:52]), (texts[52:], labels[52:])
+        return spin_calibrate(model, tokenizer, *data, preset=preset, etas=(0.5, 1.0), progress=False, **options)
+
+    alone = calibrate()
+    for module in (probes, heads):
+        monkeypatch.setattr(module, "pays", lambda device: True)
+    calls = []
+    monkeypatch.setattr(probes, "solve_paths", lambda *a, **k: (calls.append(1), solve_paths(*a, **k))[1])
+    together = calibrate()
+    assert calls
+    assert together.convergence["unconverged"] == 0
+    assert len(together.candidates) == pytest.approx(len(alone.candidates), abs=2)
+    assert [probe["tap"] for probe in together.probes] == [probe["tap"] for probe in alone.probes]
+    for one, other in zip(together.probes, alone.probes, strict=True):
+        assert dict(one["scores_by_C"]) == pytest.approx(dict(other["scores_by_C"]), abs=0.1)
+    assert together.chosen.score == pytest.approx(alone.chosen.score, abs=0.1)
