@@ -30,6 +30,7 @@ def run_example(name, *options):
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
         patch.syspath_prepend(str(EXAMPLES))
+        patch.syspath_prepend(str((EXAMPLES / name).parent))
         patch.setitem(recipe._PRESETS, "default", SMALL)
         patch.setattr(sys, "argv", [name, *map(str, options)])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
@@ -128,6 +129,21 @@ def test_compile_benchmark():
     assert found["largest_difference"]["full"] == 0
     assert found["size_ratio"] < 1
     assert found["compile_speedup"] > 0
+
+
+def test_extraction_benchmark():
+    options = ("--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--rounds", 2, "--batch", 3, "--tokens", 9)
+    found = json.loads(run_example("benchmarks/extraction.py", *options))
+    assert found["taps"] == 10
+    assert found["largest_relative_difference"] == 0
+    assert min(found["milliseconds"].values()) > 0
+
+
+def test_precision_benchmark(run, minilm_path):
+    options = ("--rows", 60, "--model", minilm_path, "--precisions", "float32", "bfloat16")
+    found = [json.loads(line) for line in run("benchmarks/precision.py", *options, data="sst2").splitlines()]
+    assert [line["precision"] for line in found] == ["float32", "bfloat16"]
+    assert all(0.3 < line["test"] <= 1 for line in found)
 
 
 def test_multi_label(run, tmp_path):

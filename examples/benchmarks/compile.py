@@ -19,41 +19,22 @@ import sys
 import time
 
 import torch
-from transformers import AutoConfig, AutoModel, LlamaConfig
+from shapes import SHAPES, make
+from transformers import AutoConfig, AutoModel
 
 from spin_hf import SpinForSequenceClassification
 from spin_hf.features import FeatureGroup
 from spin_hf.taps import Tap, tap_width
 
-SHAPES = {
-    "llama-1b": {  # Llama 3.2 1B
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-    },
-    "tiny": {
-        "vocab_size": 1000,
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}
-
 
 def make_backbone(arguments: argparse.Namespace):
-    if arguments.backbone:
-        config = AutoConfig.from_pretrained(arguments.backbone)
-    else:
-        config = LlamaConfig(**SHAPES[arguments.shape], max_position_embeddings=4096)
+    dtype = getattr(torch, arguments.dtype)
+    if not arguments.backbone:
+        return make(arguments.shape, dtype=dtype, device=arguments.device, attention=arguments.attn)
+    config = AutoConfig.from_pretrained(arguments.backbone)
     torch.manual_seed(0)
     with torch.device(arguments.device):
-        return AutoModel.from_config(config, dtype=getattr(torch, arguments.dtype), attn_implementation=arguments.attn)
+        return AutoModel.from_config(config, dtype=dtype, attn_implementation=arguments.attn)
 
 
 def make_classifier(backbone, depth: int, *, keep: int, count: int = 50):

@@ -21,6 +21,7 @@ from ..taps import Tap, model_device
 from ..windows import Windows
 from .errors import CalibrationError, EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
 from .fingerprint import vocabulary_of
+from .one_pass import pool_prefix
 from .store import FORMAT, FeatureStore
 
 _NO_LIMIT = 10**6  # tokenizers without a limit report an absurdly large one
@@ -181,8 +182,10 @@ def extract(
     model.eval()
     device = model_device(model)
 
+    reduce = pool if encoded.windows else pool_prefix  # windows pool some tokens in their middle
+
     def read(tap: Tap, values: Tensor, mask: Tensor) -> list[Tensor]:
-        return list(pool(values, mask, store.poolings).unbind(1))
+        return list(reduce(values, mask, store.poolings).unbind(1))
 
     with model.hooked(taps), closing(store):
         for number in numbers:

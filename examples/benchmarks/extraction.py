@@ -1,0 +1,97 @@
+"""Reading all taps against the bare forward: what pooling inside the hooks adds to it.
+
+Random weights of a real shape, one batch; bare forward, pooling in plain torch and by the kernel take turns, and
+the medians are compared. The features of the two poolings must agree.
+
+    python examples/benchmarks/extraction.py --shape llama-1b gpt2-xl            # on a GPU
+    python examples/benchmarks/extraction.py --shape tiny --dtype float32 --device cpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from shapes import SHAPES, make
+
+from spin_hf import SpinForSequenceClassification
+from spin_hf.calibration.one_pass import pool_prefix
+from spin_hf.pooling import pool
+
+
+def measure(shape: str, arguments: argparse.Namespace) -> dict:
+    backbone = make(shape, dtype=getattr(torch, arguments.dtype), device=arguments.device)
+    spin = SpinForSequenceClassification.from_backbone(backbone).spin
+    ids = torch.randint(0, SHAPES[shape].vocab_size, (arguments.batch, arguments.tokens), device=arguments.device)
+    mask = torch.ones_like(ids)
+    poolings = dict.fromkeys(spin.taps, tuple(arguments.poolings))
+    found = {}
+
+    def bare() -> None:
+        spin.run_backbone(ids, mask)
+
+    def reading(how):
+        def read(tap, values, mask):
+            return list(how(values, mask, arguments.poolings).unbind(1))
+
+        def run() -> None:
+            found[how] = spin.pooled(poolings, read, mask, ids, windows=None)
+
+        return run
+
+    variants = {"bare": bare, "plain": reading(pool), "kernel": reading(pool_prefix)}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    with torch.no_grad():
+        for number in range(arguments.rounds + 3):
+            for name, run in variants.items():
+                with spin.hooked(spin.taps if name != "bare" else []):  # once for all batches of a calibration
+                    _wait(arguments.device)
+                    started = time.perf_counter()
+                    run()
+                    _wait(arguments.device)
+                    if number >= 3:
+                        seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    off = max(
+        float(((a - b).abs() / b.abs().clamp_min(1e-2)).max())
+        for tap in spin.taps
+        for a, b in zip(found[pool_prefix][tap], found[pool][tap], strict=True)
+    )
+    return {
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device,
+        "torch": torch.__version__,
+        "shape": shape,
+        "dtype": arguments.dtype,
+        "batch": [arguments.batch, arguments.tokens],
+        "taps": len(spin.taps),
+        "poolings": arguments.poolings,
+        "milliseconds": {name: round(1000 * value, 2) for name, value in medians.items()},
+        "ratio": {name: round(medians[name] / medians["bare"], 3) for name in ("plain", "kernel")},
+        "largest_relative_difference": off,
+    }
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["llama-1b", "gpt2-xl"])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--poolings", nargs="+", default=["mean", "max"])
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    for shape in arguments.shape:
+        print(json.dumps(measure(shape, arguments)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Pooling in one pass gives what the plain pooling gives; the kernel itself needs a GPU."""
+
+import pytest
+import torch
+
+from spin_hf.calibration.one_pass import pool_prefix
+from spin_hf.pooling import POOLINGS, pool
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+def batch(device, dtype, neurons, lengths=(1, 37, 20)):
+    random = torch.Generator().manual_seed(0)
+    values = torch.randn(len(lengths), 37, neurons, generator=random).to(device, dtype)
+    mask = (torch.arange(37) < torch.tensor(lengths)[:, None]).long().to(device)
+    return values, mask
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("poolings", [["mean", "max"], ["max", "mean"], ["max"], ["first"], list(POOLINGS)])
+@pytest.mark.parametrize("neurons", [1, 100, 300])
+def test_it_is_the_plain_pooling(device, dtype, poolings, neurons):
+    values, mask = batch(device, dtype, neurons)
+    torch.testing.assert_close(pool_prefix(values, mask, poolings), pool(values, mask, poolings))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_padding_may_hold_nan_and_a_token_that_does_is_seen(device):
+    values, mask = batch(device, torch.float32, 8)
+    values[2, 30, 1] = float("nan")
+    values[2, 5, 3] = float("nan")
+    found = pool_prefix(values, mask, ["mean", "max"])[2]
+    assert found[:, 3].isnan().all()
+    assert not found[:, [0, 1, 2, 4, 5, 6, 7]].isnan().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_part_of_a_larger_tensor_and_a_transposed_one(device):
+    values, mask = batch(device, torch.float32, 64)
+    part = values[:, :, 8:40]
+    torch.testing.assert_close(pool_prefix(part, mask, ["mean", "max"]), pool(part, mask, ["mean", "max"]))
+    turned = values.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(pool_prefix(turned, mask, ["mean", "max"]), pool(turned, mask, ["mean", "max"]))
