@@ -16,10 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .jump import Elastic, jump
 from .losses import Loss
 from .solver import balance
 
 _CHECK_EVERY = 25  # steps between two looks at the gaps
+_PLAIN_STEPS = 100  # after which what is not solved is ill-conditioned: jumps pay
 _PATIENCE = 20  # looks without a better gap anywhere after which rounding is taken to be the limit
 _POWER_ROUNDS = 30
 _LEAST_WIDTH = 2048  # features up to which all are read in every step
@@ -55,6 +57,10 @@ class Penalty(Protocol):
         """Of some of the ``B`` and of the ``C``."""
         ...
 
+    def of(self, row: int, column: int) -> Elastic:
+        """Of one problem."""
+        ...
+
 
 @dataclass(frozen=True)
 class L1:
@@ -81,6 +87,10 @@ class L1:
     def take(self, rows: Tensor, columns: Tensor) -> L1:
         return L1(_take(self.thresholds, rows, columns))
 
+    def of(self, row: int, column: int) -> Elastic:
+        threshold = self.thresholds[row % len(self.thresholds), :, column % self.thresholds.shape[2]]
+        return Elastic(threshold, threshold.new_zeros(()), None)
+
 
 @dataclass(frozen=True)
 class L2:
@@ -103,6 +113,10 @@ class L2:
 
     def take(self, rows: Tensor, columns: Tensor) -> L2:
         return L2(_take(self.ridge, rows, columns), _take(self.members, rows, columns))
+
+    def of(self, row: int, column: int) -> Elastic:
+        members = self.members[0, :, column]
+        return Elastic(torch.zeros_like(members), self.ridge[0, 0, column, 0], members)
 
 
 @dataclass(frozen=True)
@@ -155,7 +169,7 @@ def solve_together(
         0,
     )
     rows, kept = torch.arange(shape[0], device=x.device), torch.arange(columns, device=x.device)
-    state = _State.begin(weight, intercept)
+    state, advance = _State.begin(weight, intercept), _Steps(batch, penalty)
     steps = since_better = 0
     while True:
         objective, gap, balanced = batch.certify(state.weight, state.intercept, penalty)
@@ -176,8 +190,12 @@ def solve_together(
             mine, ours = some_rows.nonzero()[:, 0], some.nonzero()[:, 0]
             rows, kept = rows[mine], kept[ours]
             batch, state, penalty = batch.take(mine), state.take(mine, ours), penalty.take(mine, ours)
-        for _ in range(_CHECK_EVERY):
-            state = batch.step(state, penalty)
+            advance = _Steps(batch, penalty)
+            left, balanced = left[mine][:, ours], balanced[mine][:, ours]
+        if steps >= _PLAIN_STEPS:
+            for row, column in left.nonzero().tolist():
+                batch.jump(state, penalty, balanced, row, column)
+        state = advance(state)
         steps += _CHECK_EVERY
 
 
@@ -246,6 +264,10 @@ class _State:
     def begin(cls, weight: Tensor, intercept: Tensor) -> _State:
         return cls(weight, intercept, weight, intercept, torch.ones_like(intercept))
 
+    def copy(self, other: _State) -> None:
+        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine.copy_(theirs)
+
     def take(self, rows: Tensor, columns: Tensor) -> _State:
         return _State(*(_take(part, rows, columns) for part in vars(self).values()))
 
@@ -302,6 +324,25 @@ class _Batch:
         speed = (momentum - 1) / following
         return _State(weight, intercept, weight + speed * moved, intercept + speed * back, following)
 
+    def jump(self, state: _State, penalty: Penalty, intercepts: Tensor, row: int, column: int) -> None:
+        """Move one problem of the state by second-order steps, from these intercepts ``(B, C, K)``."""
+        x, every = self.x[row], slice(None)
+        for own in [every] if self.loss.coupled else [slice(k, k + 1) for k in range(self.y.shape[1])]:
+            s = self.s[:, own] if self.s.shape[1] > 1 else self.s
+            spot = (row, every, column, own)
+            weight, intercept = jump(
+                x,
+                self.y[:, own],
+                s,
+                self.loss,
+                penalty.of(row, column),
+                state.weight[spot],
+                intercepts[row, column, own].to(x.dtype),
+            )
+            state.weight[spot] = state.ahead[spot] = weight
+            state.intercept[row, 0, column, own] = state.ahead_intercept[row, 0, column, own] = intercept
+            state.momentum[row, 0, column, own] = 1.0
+
     def certify(self, weight: Tensor, intercept: Tensor, penalty: Penalty) -> tuple[Tensor, Tensor, Tensor]:
         """Objective ``(B, C)``, relative gap ``(B, C)`` and the best intercepts ``(B, C, K)``, one tap at a time."""
         objectives, gaps, balanced = [], [], []
@@ -338,6 +379,34 @@ class _Batch:
         scores = self.scores(found.weight.permute(0, 3, 1, 2)) + found.intercept[:, None]
         residual = self.loss.residual(scores, self.targets, self.row_weights)
         return (self.pull(residual).abs() / thresholds).amax((2, 3))
+
+
+class _Steps:
+    """Some steps at a time; on a GPU, from the second time on, replayed as one graph of their many small kernels."""
+
+    def __init__(self, batch: _Batch, penalty: Penalty) -> None:
+        self.batch, self.penalty = batch, penalty
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.state: _State | None = None  # where the graph reads and writes
+        self.tried = False
+
+    def __call__(self, state: _State) -> _State:
+        if not (self.tried and state.weight.is_cuda):
+            self.tried = True
+            return self._eagerly(state)
+        if self.graph is None or self.state is None:
+            self.state, self.graph = _State(*(part.clone() for part in vars(state).values())), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.state.copy(self._eagerly(self.state))
+        if state is not self.state:
+            self.state.copy(state)
+        self.graph.replay()
+        return self.state
+
+    def _eagerly(self, state: _State) -> _State:
+        for _ in range(_CHECK_EVERY):
+            state = self.batch.step(state, self.penalty)
+        return state
 
 
 def _take(part: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -1,0 +1,124 @@
+"""A Newton step on the support of one penalised problem: where first-order steps have found the signs, the values.
+
+Weak penalties leave the curvature to the features, whose spread makes first-order steps crawl. On the weights that are
+not zero, their signs taken as given, the objective is smooth and its Hessian a Gram matrix: cheap on a GPU. A weight
+that would change its sign stops at zero, and of some lengths the best is taken, so no jump does harm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .losses import Loss
+
+_LENGTHS = (0.0, 1.0, 0.5, 0.25, 0.1, 0.03, 0.01)
+_IN_A_ROW = 4  # jumps, as those that stop at zero shrink the support
+_MOST_WEIGHTS = 16_384  # of a problem, and
+_MOST_VALUES = 2**30  # of its features' rows, for which a Hessian is made
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """The penalty ``threshold |w| + ridge / 2 w^2`` of the weights ``(d, K)`` of one problem.
+
+    Args:
+        threshold: ``(d, 1)``.
+        ridge: a scalar.
+        members: which features may have a weight, ``(d, 1)``; those that have one, where it is ``None``.
+    """
+
+    threshold: Tensor
+    ridge: Tensor
+    members: Tensor | None
+
+    def support(self, weight: Tensor) -> Tensor:
+        return weight != 0 if self.members is None else (self.members > 0).expand_as(weight)
+
+    def slope(self, weight: Tensor) -> Tensor:
+        return self.threshold * weight.sign() + self.ridge * weight
+
+    def hold(self, trial: Tensor, weight: Tensor) -> Tensor:
+        """``trial``, with zeros where the slope at ``weight`` does not hold."""
+        return torch.where((trial * weight > 0) | (self.threshold == 0), trial, torch.zeros_like(trial))
+
+    def cost(self, weight: Tensor) -> Tensor:
+        """Of weights ``(..., d, K)``, ``(..., K)``, float64."""
+        each = (self.threshold * weight.abs()).masked_fill(weight == 0, 0.0) + self.ridge / 2 * weight.square()
+        return each.sum(-2, dtype=torch.float64)
+
+
+def jump(
+    x: Tensor, y: Tensor, s: Tensor, loss: Loss, penalty: Elastic, weight: Tensor, intercept: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights and intercepts of no higher objective than the given ones.
+
+    Args:
+        x: features ``(n, d)``.
+        y: targets ``(n, K)``, float64; one problem: ``K`` is 1 unless the loss is coupled.
+        s: row weights ``(n, 1)``, float64.
+        weight: ``(d, K)``.
+        intercept: ``(K,)``.
+    """
+    if loss.coupled and penalty.members is None:
+        # Raising a feature's weights alike for all classes changes the penalty alone: it is least with one at zero.
+        weight = weight - weight.median(1, keepdim=True).values
+    for _ in range(_IN_A_ROW):
+        output, feature = penalty.support(weight).T.nonzero().unbind(1)
+        if not 0 < len(output) <= min(_MOST_WEIGHTS, _MOST_VALUES // len(x)):
+            break
+        weight, intercept, full = _step(x, y, s, loss, penalty, weight, intercept, output, feature)
+        if full:
+            break
+    return weight, intercept
+
+
+def _step(
+    x: Tensor,
+    y: Tensor,
+    s: Tensor,
+    loss: Loss,
+    penalty: Elastic,
+    weight: Tensor,
+    intercept: Tensor,
+    output: Tensor,
+    feature: Tensor,
+) -> tuple[Tensor, Tensor, bool]:
+    """One jump of the weights ``(feature, output)``, both ``(m,)``; whether its whole length, or none, was best."""
+    z = (x @ weight + intercept).double()
+    residual = loss.residual(z, y, s).to(x.dtype)
+    down = torch.cat([(x.T @ residual - penalty.slope(weight))[feature, output], residual.sum(0)])
+    outputs = torch.cat([output, torch.arange(len(intercept), device=x.device)])
+    rows = torch.cat([x[:, feature], x.new_ones(len(x), len(intercept))], 1)
+    hessian = _hessian(rows, outputs, loss, z, s)
+    # More than the rounding of float32, so that it can be factorised; little beside any curvature that matters.
+    hessian.diagonal().add_(1e-6 * hessian.diagonal().amax())
+    hessian.diagonal()[: len(feature)].add_(penalty.ridge)
+    factor, failed = torch.linalg.cholesky_ex(hessian)
+    move = torch.cholesky_solve(down[:, None], factor)[:, 0].nan_to_num(0, 0, 0) * (failed == 0)
+    lengths = torch.tensor(_LENGTHS, dtype=x.dtype, device=x.device)
+    moved = weight.new_zeros(len(lengths), *weight.shape)
+    moved[:, feature, output] = lengths[:, None] * move[: len(feature)]
+    trials = penalty.hold(weight + moved, weight)
+    intercepts = intercept + lengths[:, None] * move[len(feature) :]
+    scores = (x @ trials.permute(1, 0, 2).flatten(1)).unflatten(1, trials.shape[::2]).transpose(0, 1)
+    fit = loss.value((scores + intercepts[:, None]).double(), y, s)
+    best = int((fit + penalty.cost(trials)).sum(-1).nan_to_num(torch.inf).argmin())
+    return trials[best], intercepts[best], _LENGTHS[best] in (0.0, 1.0)
+
+
+def _hessian(rows: Tensor, outputs: Tensor, loss: Loss, z: Tensor, s: Tensor) -> Tensor:
+    """``(m, m)``, of features ``rows`` ``(n, m)`` whose weights belong to ``outputs`` ``(m,)``."""
+    if not loss.coupled:
+        return (rows * loss.curvature(z, s).to(rows.dtype)).T @ rows
+    p, weights = torch.softmax(z, -1).to(rows.dtype), s.to(rows.dtype)
+    weighted = rows * p[:, outputs]
+    hessian = (weighted * weights).T @ weighted
+    hessian.neg_()
+    for k in range(z.shape[1]):
+        mine = (outputs == k).nonzero()[:, 0]
+        own = rows[:, mine]
+        hessian[mine[:, None], mine] += (own * (weights * p[:, k : k + 1])).T @ own
+    return hessian
