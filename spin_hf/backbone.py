@@ -39,6 +39,7 @@ def load_backbone(source: str, kwargs: dict[str, Any], stacks: Stacks = "encoder
     Raises:
         ValueError: for a SPIN checkpoint, or where :func:`text_part` finds no such part.
     """
+    kwargs = {"trust_remote_code": False, **kwargs}  # where nothing is said, transformers would ask at the terminal
     hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
     config = AutoConfig.from_pretrained(source, **hub)
     if isinstance(config, SpinConfig):

@@ -73,6 +73,11 @@ class _Preset(str, Enum):
     paper = "paper"
 
 
+class _Stacks(str, Enum):
+    encoder = "encoder"
+    both = "both"
+
+
 class _Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -149,6 +154,7 @@ def calibrate(
     max_length: Annotated[int | None, typer.Option(help="Tokens per text, or of a window.")] = None,
     windows: Annotated[bool, typer.Option("--windows", help="Read longer texts in overlapping windows.")] = False,
     overlap: Annotated[int | None, typer.Option(help="Tokens that windows share; a quarter by default.")] = None,
+    stacks: Annotated[_Stacks, typer.Option(help="What is read of an encoder-decoder.")] = _Stacks.encoder,
     exits: Annotated[bool, typer.Option("--exits", help="Keep a head for every depth and eta that was tried.")] = False,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch.")] = 4096,
     limit: Annotated[int | None, typer.Option(help="Use so many rows of each file, drawn by --seed.")] = None,
@@ -196,9 +202,9 @@ def calibrate(
     if trust_remote_code:
         options["trust_remote_code"] = True
     with telling_what_fails(backbone):
-        model = SpinForSequenceClassification.from_backbone(backbone, problem_type=problem_type.value, **options).to(
-            device or ranks.device or pick_device(None)
-        )
+        model = SpinForSequenceClassification.from_backbone(
+            backbone, problem_type=problem_type.value, stacks=stacks.value, **options
+        ).to(device or ranks.device or pick_device(None))
     result = spin_calibrate(
         model,
         tokenizer,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,13 @@ def export_program(
 
     Raises:
         NotCalibratedError: for a model that could not be used.
-        ExportError: where the rows of a batch run apart from each other, long texts are read in windows, or weights are
-            offloaded.
+        ExportError: where the rows of a batch run apart from each other, long texts are read in windows, weights are
+            offloaded, or the backbone's code can't be made one graph (Mamba's, or for ONNX that of routed experts).
     """
+    model = _uncompiled(model)
     inputs = _example(model, token_type_ids)
     shapes = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
-    with torch.no_grad():
+    with torch.no_grad(), _telling_what_fails(model):
         return torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=strict)
 
 
@@ -53,7 +56,7 @@ def export_onnx(
     """Write a classifier as ONNX. Needs the extra: ``pip install "spin_hf[onnx]"``.
 
     The file has the inputs of :func:`export_program` and one output, ``logits`` ``(batch, num_labels)`` float32. Its
-    weights are in the backbone's dtype. onnxruntime computes in bfloat16 hardly anywhere: call ``model.float()`` first.
+    weights are in the backbone's dtype, float32 or float16.
 
     Args:
         model: calibrated; goes into eval.
@@ -62,14 +65,23 @@ def export_onnx(
 
     Raises:
         ImportError: without onnx and onnxscript.
-        NotCalibratedError, ExportError: as :func:`export_program` does.
+        NotADirectoryError: where the folder of the file is missing.
+        NotCalibratedError, ExportError: as :func:`export_program` does; also for a bfloat16 backbone.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f'{" and ".join(missing)} is missing. Run: pip install "spin_hf[onnx]"')
+    if not Path(path).parent.is_dir():
+        raise NotADirectoryError(f"{Path(path).parent} is no folder, so {Path(path).name} can't be written there.")
+    model = _uncompiled(model)
     inputs = _example(model, token_type_ids)
+    if model.spin.backbone.dtype == torch.bfloat16:
+        raise ExportError(
+            "onnxruntime lacks most operations in bfloat16, so it could not load the file. Give another precision: "
+            "export_onnx(model.float(), ...), or model.half()."
+        )
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    with torch.no_grad():
+    with torch.no_grad(), _telling_what_fails(model):
         torch.onnx.export(
             model,
             (),
@@ -83,6 +95,25 @@ def export_onnx(
             verbose=False,
         )
     return Path(path)
+
+
+def _uncompiled(model: Any) -> SpinForSequenceClassification:
+    """The classifier inside of what ``torch.compile(model)`` gives."""
+    inner: SpinForSequenceClassification = getattr(model, "_orig_mod", model)
+    return inner
+
+
+@contextmanager
+def _telling_what_fails(model: SpinForSequenceClassification) -> Iterator[None]:
+    """Name the backbone that no graph can be made of: the exporter's message tells of its own insides, over pages."""
+    try:
+        yield
+    except RuntimeError as error:  # which all of the exporters' are
+        raise ExportError(
+            f"{type(model.spin.backbone).__name__} could not be made one graph; the exporter's own words stand above. "
+            "Most often the code goes by the sizes or values of its inputs, or an operation is missing in ONNX. Serve "
+            "the model itself."
+        ) from error
 
 
 def _example(model: SpinForSequenceClassification, token_type_ids: bool | None) -> dict[str, Tensor]:

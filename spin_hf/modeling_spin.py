@@ -62,7 +62,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
     @classmethod
     def from_backbone(
         cls,
-        backbone: str | PreTrainedModel | Any,
+        backbone: str | os.PathLike[str] | PreTrainedModel | Any,
         *,
         labels: Sequence[str] | None = None,
         num_labels: int | None = None,
@@ -90,8 +90,8 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
                 ``quantization_config``, ``revision``, ``trust_remote_code`` and so on.
 
         Raises:
-            ValueError: for labels that contradict ``num_labels`` or the problem type, or a loaded model of a class that
-                could not be rebuilt from its config.
+            ValueError: for labels that contradict ``num_labels`` or the problem type, a loaded model of a class that
+                could not be rebuilt from its config, or a repository with code of its own without trust.
             TapError: if no blocks are found.
         """
         problem_type = problem_type or "single_label_classification"
@@ -102,6 +102,11 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
             raise ValueError(
                 "The backbone is adapted by PEFT. Merge the adapter into its weights first: "
                 "SpinForSequenceClassification.from_backbone(backbone.merge_and_unload(), ...)."
+            )
+        if not isinstance(backbone, (str, os.PathLike, PreTrainedModel)):
+            raise ValueError(
+                f"The backbone should be a Hub id, a folder or a loaded model of transformers; got a "
+                f"{type(backbone).__name__}."
             )
         if isinstance(backbone, nn.Module):
             if kwargs:
@@ -114,8 +119,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
             revision = pinned_revision(source, kwargs)
         if isinstance(model, SpinPreTrainedModel):
             raise ValueError(f"{source or type(model).__name__} is a SPIN model already; load it with from_pretrained.")
-        if isinstance(model, PreTrainedModel):
-            model = text_part(model, stacks)
+        model = text_part(model, stacks)
         check_rebuilds(model, stacks)
         if source is not None and os.path.isdir(source):
             source = os.path.abspath(source)  # elsewhere a relative path could be taken for a Hub id

@@ -25,7 +25,7 @@ from .pooling import PositionsError, align_left, pool
 from .pretrained import NotCalibratedError, SpinPreTrainedModel
 from .structure import find_layout
 from .taps import attach, model_device, record
-from .windows import Windows, plan_windows
+from .windows import WindowPlan, Windows, plan_windows
 
 
 class SpinModel(SpinPreTrainedModel):
@@ -274,7 +274,7 @@ class SpinModel(SpinPreTrainedModel):
             return run(mask, mask, *inputs)
         if any(given is not None for given in inputs[2:3]):
             raise ValueError("A text in windows has positions of its own in each of them. Leave position_ids out.")
-        plan = plan_windows(mask, windows)
+        plan: WindowPlan = plan_windows(mask, windows)
         try:
             return plan.pooled_by(run, poolings, inputs, size=windows.size, single=self.config.batching == "single")
         except PositionsError as error:

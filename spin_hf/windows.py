@@ -64,6 +64,7 @@ class WindowPlan:
 
     Args:
         counts: windows of each text, ``(texts,)``.
+        most: the largest of them.
         text: of each window, ``(windows, 1)``.
         place: in its text of each token of a window, ``(windows, tokens)``.
         mask: 1 for real tokens, ``(windows, tokens)``.
@@ -72,6 +73,7 @@ class WindowPlan:
     """
 
     counts: Tensor
+    most: int
     text: Tensor
     place: Tensor
     mask: Tensor
@@ -120,7 +122,7 @@ class WindowPlan:
     def merge(self, values: Tensor, pooling: str) -> Tensor:
         """Pooled values of the windows ``(windows, neurons)`` as those of the texts ``(texts, neurons)``."""
         counts = self.counts.to(values.device)
-        number = torch.arange(int(counts.max()), device=values.device)
+        number = torch.arange(self.most, device=values.device)
         mask = number < counts[:, None]
         windows = torch.where(mask, (counts.cumsum(0) - counts)[:, None] + number, 0)
         if pooling != "mean":  # the first of the firsts, the greatest of the greatest
@@ -129,6 +131,7 @@ class WindowPlan:
         return (values[windows] * share[..., None]).sum(1)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # or torch.compile would make a graph for each length
 def plan_windows(mask: Tensor, windows: Windows) -> WindowPlan:
     """Cut the texts of a right-padded batch with this mask ``(texts, tokens)``. A short text is one window."""
     rows, counts = [], []
@@ -146,6 +149,7 @@ def plan_windows(mask: Tensor, windows: Windows) -> WindowPlan:
     pooled = (first <= place) & (place < end)
     return WindowPlan(
         counts=torch.tensor(counts, device=mask.device),
+        most=max(counts),
         text=text,
         place=place,
         mask=(column < length).to(mask.dtype),

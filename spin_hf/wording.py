@@ -25,7 +25,7 @@ _ADVICE = tuple(
         (r"exits=True keeps", "--exits keeps"),
         (r"^exit must", "--exit must"),
         (r"model\.config\.exits lists them", "config.json lists them"),
-        (r"Leave windows out", "Leave --windows out"),
+        (r"Leave (windows|stacks) out", r"Leave --\1 out"),
         (r"dtype=torch\.bfloat16 or float32", "--dtype bfloat16 or float32"),
         (r'data\["SPLIT"\](, or of a name "NAME:SPLIT")?', "NAME:SPLIT"),
         (r"\b(Give|give|and) eval\b", r"\1 --validation"),

@@ -4,8 +4,9 @@ import json
 import re
 
 import pytest
+from builders import CONFIGS, make_tokenizer
 from huggingface_hub import ModelCard
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, T5Model
 from typer.testing import CliRunner
 
 import spin_hf
@@ -87,6 +88,16 @@ def test_outputs_stand_in_the_lines_of_their_texts(classifier, tmp_path):
         assert all(row == {"text": row["text"], "label": None, "reason": "no text"} for row in rows[1:3])
         for i in (0, 3):
             assert rows[i]["label"] == json.loads(run("predict", classifier, texts[i]).stdout)["label"]
+
+
+def test_both_stacks_of_an_encoder_decoder(files, minilm_path, tmp_path):
+    T5Model(CONFIGS["t5"]()).save_pretrained(tmp_path / "t5")
+    make_tokenizer().save_pretrained(tmp_path / "t5")
+    options = ("--train", files / "train.jsonl", "--out", tmp_path / "out", "--device", "cpu", "--stacks", "both")
+    assert "BertModel is no encoder-decoder. Leave --stacks out." in fails("calibrate", minilm_path, *options)
+    run("calibrate", tmp_path / "t5", *options, "--kind", "ffn", "--pooling", "mean")
+    model = SpinForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.spin.depth > len(model.spin.backbone.encoder.block)
 
 
 def test_version():

@@ -5,7 +5,9 @@ import io
 
 import pytest
 import torch
-from builders import calibrated, make_backbone, make_batch
+from builders import CONFIGS, calibrated, make_backbone, make_batch
+from census.checks import make_model
+from transformers import T5Model
 
 from spin_hf import NotCalibratedError, SpinForSequenceClassification, TapError
 from spin_hf.export import ExportError, export_onnx, export_program
@@ -31,6 +33,11 @@ def fresh_compiler():
 
 def left_padded(batch):
     return {name: value.flip(1) for name, value in batch.items()}
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
 
 
 # Other sizes than those a graph was made with, padded on the other side, and one row alone.
@@ -114,6 +121,24 @@ def test_exports_with_any_batch_and_length(model, strict):
     assert_same_logits(lambda **batch: program.module()(**batch).logits, model)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "both"])
+def test_other_kinds_of_backbones_export(name):
+    """With learnt positions, with sliding windows, and both stacks of an encoder-decoder."""
+    if name == "both":
+        model = calibrated(T5Model(CONFIGS["t5"]()).eval(), taps=["ffn.2", "hidden.4"], depth=4, stacks="both")
+    else:
+        model = classifier(name)
+    program = export_program(model)
+    assert_same_logits(lambda **batch: program.module()(**batch).logits, model)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), compiled_in_place])
+def test_a_compiled_classifier_exports_as_it_is(wrap):
+    model = classifier("bert")
+    program = export_program(wrap(copy.deepcopy(model)))
+    assert_same_logits(lambda **batch: program.module()(**batch).logits, model)
+
+
 def test_an_exported_program_is_saved_and_loaded(model):
     file = io.BytesIO()
     torch.export.save(export_program(model), file)
@@ -178,6 +203,24 @@ def test_what_cant_be_exported_is_refused(monkeypatch):
     monkeypatch.setattr(model.config, "batching", "equal_length")
     with pytest.raises(ExportError, match="batches that are equal length"):
         export_program(model)
+
+
+def test_a_backbone_that_can_be_no_one_graph_is_named():
+    with pytest.raises(ExportError, match="MambaModel could not be made one graph.*Serve the model itself"):
+        export_program(calibrated(make_model("mamba"), taps=["hidden.1"], poolings=["mean"], depth=1))
+
+
+def test_onnx_files_that_nobody_could_read_are_not_written(run_onnx, tmp_path):
+    with pytest.raises(NotADirectoryError, match="none is no folder, so model.onnx can't be written there"):
+        export_onnx(classifier("bert"), tmp_path / "none" / "model.onnx")
+    with pytest.raises(ExportError, match=r"could not load the file.*export_onnx\(model.float\(\), ...\)"):
+        export_onnx(classifier("bert").bfloat16(), tmp_path / "model.onnx")
+
+
+def test_onnx_in_half_precision(run_onnx, tmp_path):
+    model = classifier("bert")
+    run, _ = run_onnx(export_onnx(copy.deepcopy(model).half(), tmp_path / "model.onnx"))
+    assert_same_logits(run, model, atol=0.1)
 
 
 def test_onnx_says_what_to_install(monkeypatch, tmp_path):

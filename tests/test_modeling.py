@@ -1,9 +1,11 @@
 import copy
+import json
 
 import pytest
 import torch
 import transformers as hf
 from builders import CONFIGS, calibrated, make_backbone, make_batch
+from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
@@ -281,6 +283,21 @@ def test_backbones_that_could_not_be_loaded_again(tmp_path, bert_backbone):
     for spin in (model.spin, model, str(tmp_path)):
         with pytest.raises(ValueError, match="is a SPIN model already; load it with from_pretrained"):
             SpinForSequenceClassification.from_backbone(spin)
+
+
+@pytest.mark.parametrize("backbone", [None, nn.Linear(2, 2), hf.BertModel])
+def test_what_is_no_backbone(backbone):
+    with pytest.raises(ValueError, match=f"a loaded model of transformers; got a {type(backbone).__name__}"):
+        SpinForSequenceClassification.from_backbone(backbone)
+
+
+def test_a_backbone_with_code_of_its_own_is_refused_without_a_question(tmp_path, monkeypatch):
+    values = {**CONFIGS["bert"]().to_dict(), "model_type": "tiny", "auto_map": {"AutoConfig": "tiny.TinyConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "tiny.py").write_text("raise AssertionError('it ran')")
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it asked"))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        SpinForSequenceClassification.from_backbone(tmp_path)
 
 
 def test_uncalibrated_models_refuse(tmp_path, bert_backbone):

@@ -176,6 +176,17 @@ def test_the_windows_that_run_together(model, batching, most, monkeypatch):
     assert max(tokens for _, tokens in shapes) == 12
 
 
+def test_compiled_it_makes_no_graph_for_each_length(model):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, graphs = torch.compile(model, backend="eager"), []
+    for lengths in ((5, 9), (14, 40), (30, 13, 50), (20, 45), (33, 60), (64, 12, 55)):
+        with torch.no_grad():
+            assert torch.equal(compiled(**batch_of(texts(lengths))).logits, model(**batch_of(texts(lengths))).logits)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[2] == graphs[-1]
+
+
 def test_texts_that_fit_are_read_as_without_windows(model):
     ids = texts([5, 9, 12])
     cut = [model(**batch_of([row])).logits for row in ids]

@@ -29,7 +29,7 @@ def pool_prefix(values: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor
         return pool(values, mask, poolings)
     from .triton_pooling import mean_and_max
 
-    found = mean_and_max(values, mask.sum(1, dtype=torch.int32))
+    found = mean_and_max(values, mask.to(values.device).sum(1, dtype=torch.int32))
     by_name = {"mean": found[:, 0], "max": found[:, 1]}
     others = [name for name in poolings if name not in by_name]
     if others:

@@ -24,17 +24,18 @@ def mean_and_max(values: Tensor, lengths: Tensor) -> Tensor:
     batch, _, neurons = values.shape
     found = values.new_empty((batch, 2, neurons), dtype=torch.float32)
     grid = (batch, triton.cdiv(neurons, _NEURONS))
-    _mean_and_max[grid](
-        values,
-        lengths,
-        found,
-        neurons,
-        values.stride(0),
-        values.stride(1),
-        TOKENS=_TOKENS,
-        NEURONS=_NEURONS,
-        num_warps=_WARPS,
-    )
+    with torch.cuda.device(values.device):  # Triton starts a kernel on the current device, whatever it is given
+        _mean_and_max[grid](
+            values,
+            lengths,
+            found,
+            neurons,
+            values.stride(0),
+            values.stride(1),
+            TOKENS=_TOKENS,
+            NEURONS=_NEURONS,
+            num_warps=_WARPS,
+        )
     return found
 
 

@@ -42,3 +42,18 @@ def test_part_of_a_larger_tensor_and_a_transposed_one(device):
     torch.testing.assert_close(pool_prefix(part, mask, ["mean", "max"]), pool(part, mask, ["mean", "max"]))
     turned = values.transpose(1, 2).contiguous().transpose(1, 2)
     torch.testing.assert_close(pool_prefix(turned, mask, ["mean", "max"]), pool(turned, mask, ["mean", "max"]))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_it_waits_for_the_device_that_the_activations_are_on():
+    """Where a backbone is spread by ``device_map``, the current device and that of the mask are the first."""
+    values, mask = batch("cuda:1", torch.float32, 4096)
+    expected = pool(values, mask, ["mean", "max"])
+    late = torch.zeros_like(values)
+    pool_prefix(late, mask.to("cuda:0"), ["mean", "max"])  # compiles the kernel
+    torch.cuda.synchronize("cuda:1")
+    with torch.cuda.device(1):
+        torch.cuda._sleep(10**9)
+        late.copy_(values)
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(pool_prefix(late, mask.to("cuda:0"), ["mean", "max"]), expected)
