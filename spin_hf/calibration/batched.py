@@ -4,7 +4,7 @@ The problems are those of :mod:`spin_hf.calibration.solver` and :mod:`spin_hf.ca
 duality gap. What is quick on a CPU, small factorisations on a working set, leaves a GPU idle. Here all ``B`` taps of
 one width and all ``C`` penalties step together by FISTA with restarts (Beck and Teboulle 2009; O'Donoghue and Candes
 2015): two products with the features a step, whatever the number of problems. Columns that are certified leave the
-batch.
+batch; those that stay long are ill-conditioned, and get a :func:`~spin_hf.calibration.jump.jump` between the steps.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def solve_together(
         0,
     )
     rows, kept = torch.arange(shape[0], device=x.device), torch.arange(columns, device=x.device)
-    state, advance = _State.begin(weight, intercept), _Steps(batch, penalty)
+    state = _State.begin(weight, intercept)
     steps = since_better = 0
     while True:
         objective, gap, balanced = batch.certify(state.weight, state.intercept, penalty)
@@ -190,12 +190,12 @@ def solve_together(
             mine, ours = some_rows.nonzero()[:, 0], some.nonzero()[:, 0]
             rows, kept = rows[mine], kept[ours]
             batch, state, penalty = batch.take(mine), state.take(mine, ours), penalty.take(mine, ours)
-            advance = _Steps(batch, penalty)
             left, balanced = left[mine][:, ours], balanced[mine][:, ours]
         if steps >= _PLAIN_STEPS:
             for row, column in left.nonzero().tolist():
                 batch.jump(state, penalty, balanced, row, column)
-        state = advance(state)
+        for _ in range(_CHECK_EVERY):
+            state = batch.step(state, penalty)
         steps += _CHECK_EVERY
 
 
@@ -263,10 +263,6 @@ class _State:
     @classmethod
     def begin(cls, weight: Tensor, intercept: Tensor) -> _State:
         return cls(weight, intercept, weight, intercept, torch.ones_like(intercept))
-
-    def copy(self, other: _State) -> None:
-        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
-            mine.copy_(theirs)
 
     def take(self, rows: Tensor, columns: Tensor) -> _State:
         return _State(*(_take(part, rows, columns) for part in vars(self).values()))
@@ -379,34 +375,6 @@ class _Batch:
         scores = self.scores(found.weight.permute(0, 3, 1, 2)) + found.intercept[:, None]
         residual = self.loss.residual(scores, self.targets, self.row_weights)
         return (self.pull(residual).abs() / thresholds).amax((2, 3))
-
-
-class _Steps:
-    """Some steps at a time; on a GPU, from the second time on, replayed as one graph of their many small kernels."""
-
-    def __init__(self, batch: _Batch, penalty: Penalty) -> None:
-        self.batch, self.penalty = batch, penalty
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.state: _State | None = None  # where the graph reads and writes
-        self.tried = False
-
-    def __call__(self, state: _State) -> _State:
-        if not (self.tried and state.weight.is_cuda):
-            self.tried = True
-            return self._eagerly(state)
-        if self.graph is None or self.state is None:
-            self.state, self.graph = _State(*(part.clone() for part in vars(state).values())), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.state.copy(self._eagerly(self.state))
-        if state is not self.state:
-            self.state.copy(state)
-        self.graph.replay()
-        return self.state
-
-    def _eagerly(self, state: _State) -> _State:
-        for _ in range(_CHECK_EVERY):
-            state = self.batch.step(state, self.penalty)
-        return state
 
 
 def _take(part: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
