@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .losses import Loss
 
-_LENGTHS = (0.0, 1.0, 0.5, 0.25, 0.1, 0.03, 0.01)
-_IN_A_ROW = 4  # jumps, as those that stop at zero shrink the support
+_LENGTHS = (0.0, 1.0, 0.5, 0.25, 0.1, 0.03)
+_IN_A_ROW = 3  # jumps, while they are not of the whole length
+_ROUNDS = 30  # of leaving the weights at zero that came there
+_SHARES = (0.0, 0.1, 0.3, 0.6)  # of the weights that would change their sign, to stop at
 _MOST_WEIGHTS = 16_384  # of a problem, and
 _MOST_VALUES = 2**30  # of its features' rows, for which a Hessian is made
 
@@ -40,9 +42,9 @@ class Elastic:
     def slope(self, weight: Tensor) -> Tensor:
         return self.threshold * weight.sign() + self.ridge * weight
 
-    def hold(self, trial: Tensor, weight: Tensor) -> Tensor:
-        """``trial``, with zeros where the slope at ``weight`` does not hold."""
-        return torch.where((trial * weight > 0) | (self.threshold == 0), trial, torch.zeros_like(trial))
+    def signs(self, weight: Tensor) -> Tensor:
+        """Those that the slope at ``weight`` holds for; 0 for any."""
+        return weight.sign() * (self.threshold > 0)
 
     def cost(self, weight: Tensor) -> Tensor:
         """Of weights ``(..., d, K)``, ``(..., K)``, float64."""
@@ -96,17 +98,51 @@ def _step(
     # More than the rounding of float32, so that it can be factorised; little beside any curvature that matters.
     hessian.diagonal().add_(1e-6 * hessian.diagonal().amax())
     hessian.diagonal()[: len(feature)].add_(penalty.ridge)
-    factor, failed = torch.linalg.cholesky_ex(hessian)
-    move = torch.cholesky_solve(down[:, None], factor)[:, 0].nan_to_num(0, 0, 0) * (failed == 0)
+    present, signs = weight[feature, output], penalty.signs(weight)[feature, output]
+    present, signs = (torch.cat([part, x.new_zeros(len(intercept))]) for part in (present, signs))
+    move = _within_signs(hessian, down, present, signs) - present
     lengths = torch.tensor(_LENGTHS, dtype=x.dtype, device=x.device)
-    moved = weight.new_zeros(len(lengths), *weight.shape)
-    moved[:, feature, output] = lengths[:, None] * move[: len(feature)]
-    trials = penalty.hold(weight + moved, weight)
+    trials = weight.repeat(len(lengths), 1, 1)
+    ends = torch.where(lengths[:, None] == 1.0, present + move, present + lengths[:, None] * move)
+    trials[:, feature, output] = ends[:, : len(feature)]
     intercepts = intercept + lengths[:, None] * move[len(feature) :]
     scores = (x @ trials.permute(1, 0, 2).flatten(1)).unflatten(1, trials.shape[::2]).transpose(0, 1)
     fit = loss.value((scores + intercepts[:, None]).double(), y, s)
     best = int((fit + penalty.cost(trials)).sum(-1).nan_to_num(torch.inf).argmin())
     return trials[best], intercepts[best], _LENGTHS[best] in (0.0, 1.0)
+
+
+def _within_signs(hessian: Tensor, down: Tensor, present: Tensor, signs: Tensor) -> Tensor:
+    """Where ``<v - present, hessian (v - present)> / 2 - <down, v - present>`` is low among the ``v`` of these signs.
+
+    An active set method: to the least value of all, unless some weights would change their signs on the way. Then only
+    so far that a part of them, at least the first, is at zero, where they stay; and on from there.
+
+    Args:
+        hessian: ``(m, m)``.
+        down, present: ``(m,)``.
+        signs: ``(m,)``; 0 where a weight may have any.
+    """
+    v, free = present, torch.ones_like(present, dtype=torch.bool)
+    for _ in range(_ROUNDS):
+        part = free.nonzero()[:, 0]
+        slope = down - hessian @ (v - present)
+        factor, failed = torch.linalg.cholesky_ex(hessian[part[:, None], part])
+        if failed:
+            return v
+        toward = torch.zeros_like(v)
+        toward[part] = torch.cholesky_solve(slope[part, None], factor)[:, 0]
+        leaving = free & (signs * (v + toward) <= 0) & (signs != 0)
+        if not leaving.any():
+            return v + toward
+        reached = (-v / toward).masked_fill(~leaving, torch.inf)
+        stops = reached[leaving].quantile(torch.tensor(_SHARES, device=v.device, dtype=v.dtype))
+        stops = torch.cat([stops, torch.ones_like(stops[:1])])[:, None]
+        trials = torch.where(reached <= stops, torch.zeros_like(v), v + stops * toward)
+        moves = trials - present
+        v = trials[((moves @ hessian) * moves).sum(1).div(2).sub(moves @ down).argmin()]
+        free = (v != 0) | (signs == 0)
+    return v
 
 
 def _hessian(rows: Tensor, outputs: Tensor, loss: Loss, z: Tensor, s: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from .losses import Loss
 from .solver import PathPoint, solve_path
 
 _AT_ONCE = 4  # values of C: the strongest are most worth their while, and where a path ends the weaker were for nothing
+_SPAN = 10.0  # below which one of them is of the next: far ones are better started from the last one's solution
 
 
 def solve_paths(
@@ -36,11 +37,11 @@ def solve_paths(
     """
     weight = x.new_zeros(len(x), y.shape[1], x.shape[2])  # of the last C
     intercept: Tensor | None = None
-    for first in range(0, max(map(len, grids)), _AT_ONCE):
-        which = [i for i, grid in enumerate(grids) if alive[i] and len(grid) > first]
-        if not which:
-            return
+    first = 0
+    while which := [i for i, grid in enumerate(grids) if alive[i] and len(grid) > first]:
         Cs = [grids[i][first : first + _AT_ONCE] for i in which]
+        count = max(sum(_SPAN * values[0] > C for C in values) for values in Cs)
+        Cs, first = [values[:count] for values in Cs], first + count
         part = x if len(which) == len(x) else x[which]
         scaled = None if factors is None else factors[which]
         known = None if intercept is None else intercept[which]
