@@ -223,6 +223,7 @@ def spin_calibrate(
             with clock("extract"), show.bar("Reading the backbone", sum(encoded.lengths)) as advance, ranks.together():
                 advance(sum(encoded.lengths) - sum(encoded.lengths[row] for i in missing for row in batches[i]))
                 extract(model.spin, encoded, store, ranks.share(missing), pad, ranks.counted(advance))
+            split = sum(map(len, ranks.gather(store.split)))
             device = _solver_device(model)
             fits = Fits(None, device)
             if cache_dir is not None and not callable(metric):
@@ -268,6 +269,8 @@ def spin_calibrate(
             "max_length": encoded.max_length,
             "windows": cut and {**cut.to_dict(), "texts": encoded.windowed},
             "tokens": sum(encoded.lengths),
+            "batches": len(batches),
+            "split_batches": split,
         },
         seconds=ranks.on_main(lambda: {**clock.seconds, "total": time.perf_counter() - started}),
         bytes={"features": store.bytes, "model": sum(p.numel() * p.element_size() for p in model.parameters())},

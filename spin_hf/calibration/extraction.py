@@ -21,6 +21,7 @@ from ..taps import Tap, model_device
 from ..windows import Windows
 from .errors import CalibrationError, EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
 from .fingerprint import vocabulary_of
+from .halving import in_halves, is_out_of_memory, no_room
 from .one_pass import pool_prefix
 from .store import FORMAT, FeatureStore
 
@@ -165,7 +166,8 @@ def extract(
     pad_token_id: int,
     advance: Callable[[int], Any],
 ) -> None:
-    """Compute some batches of the store's plan and write them there.
+    """Compute some batches of the store's plan and write them there. One that does not fit the device's memory is read
+    in halves, down to single texts, and the store keeps how many parts it took.
 
     Args:
         numbers: of the batches.
@@ -173,6 +175,7 @@ def extract(
 
     Raises:
         CalibrationError: for windows on a backbone that works on other positions than its tokens; with the first batch.
+        DeviceMemoryError: where a text does not fit the device's memory even alone.
         NonFiniteFeaturesError: naming the tap that produced NaN or infinity.
         OutputFolderError: where the disk is full.
     """
@@ -187,26 +190,34 @@ def extract(
     def read(tap: Tap, values: Tensor, mask: Tensor) -> list[Tensor]:
         return list(reduce(values, mask, store.poolings).unbind(1))
 
+    def run(rows: Sequence[int]) -> dict[Tap, np.ndarray]:
+        batch = pad([encoded.input_ids[row] for row in rows], pad_token_id).to(device)
+        mask = pad([[1] * lengths[row] for row in rows], 0).to(device)
+        types = None
+        if encoded.token_type_ids is not None:
+            types = pad([encoded.token_type_ids[row] for row in rows], 0).to(device)
+        try:
+            pooled = model.pooled(poolings, read, mask, batch, types, windows=encoded.windows)
+        except PositionsError as error:
+            raise CalibrationError(str(error)) from error
+        except (RuntimeError, MemoryError) as error:
+            if len(rows) == 1 and is_out_of_memory(error):
+                raise no_room(lengths[rows[0]], device, error) from error
+            raise
+        return {tap: torch.stack(parts, 1).cpu().numpy() for tap, parts in pooled.items()}
+
     with model.hooked(taps), closing(store):
         for number in numbers:
             rows = store.batches[number].tolist()
-            batch = pad([encoded.input_ids[row] for row in rows], pad_token_id).to(device)
-            mask = pad([[1] * lengths[row] for row in rows], 0).to(device)
-            types = None
-            if encoded.token_type_ids is not None:
-                types = pad([encoded.token_type_ids[row] for row in rows], 0).to(device)
-            try:
-                pooled = model.pooled(poolings, read, mask, batch, types, windows=encoded.windows)
-            except PositionsError as error:
-                raise CalibrationError(str(error)) from error
-            arrays = {tap: torch.stack(parts, 1).cpu().numpy() for tap, parts in pooled.items()}
+            parts = in_halves(rows, run)
+            arrays = {tap: np.concatenate([part[tap] for part in parts]) for tap in taps} if parts[1:] else parts[0]
             for tap, array in arrays.items():
                 if not np.isfinite(array).all():
                     raise NonFiniteFeaturesError(
                         f"Tap {tap} produced NaN or infinity (batch {number}). In float16 the backbone may overflow: "
                         "load it with dtype=torch.bfloat16 or float32. Otherwise its weights are damaged."
                     )
-            store.write(number, arrays)
+            store.write(number, arrays, parts=len(parts))
             advance(sum(lengths[row] for row in rows))
 
 
