@@ -128,7 +128,7 @@ class CalibrationResult:
         if split := self.data.get("split_batches"):
             notes.append(
                 f"{split:,} of {self.data['batches']:,} batches did not fit the device's memory and were read in "
-                "parts; with more room, features may differ in their last digits. A smaller batch_tokens saves attempts."
+                "parts; with more room, features may differ in their last digits. A smaller batch_tokens saves time."
             )
         if self.convergence["unconverged"]:
             notes.append(
