@@ -49,8 +49,8 @@ def work(
                 event("probing" if name.startswith("probe.") else "selection")
             elif out in Path(os.fsdecode(details[1])).parents:
                 event("saving")
-        elif what == "open" and isinstance(details[0], str) and details[2] & (os.O_WRONLY | os.O_RDWR):
-            if out in Path(details[0]).parents:
+        elif what == "open" and isinstance(details[0], str) and out in Path(details[0]).parents:
+            if details[2] & (os.O_WRONLY | os.O_RDWR):
                 event("saving")
 
     torch.set_num_threads(1)

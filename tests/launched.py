@@ -45,7 +45,7 @@ def calibrate(folder: Path, name: str, **options: object) -> None:
 
 
 def same(made: Path, expected: Path) -> None:
-    """Assert that two folders hold the same model and result, to the bit, but for the time it took and the place it was made at."""
+    """Assert that two folders hold the same model and result, to the bit, but for the time that it took."""
     for name in ("model.safetensors", "config.json"):
         assert (made / name).read_bytes() == (expected / name).read_bytes(), name
     results = [json.loads((folder / "calibration.json").read_text()) for folder in (made, expected)]
