@@ -49,9 +49,8 @@ def work(
                 event("probing" if name.startswith("probe.") else "selection")
             elif out in Path(os.fsdecode(details[1])).parents:
                 event("saving")
-        elif what == "open" and isinstance(details[0], str) and out in Path(details[0]).parents:
-            if details[2] & (os.O_WRONLY | os.O_RDWR):
-                event("saving")
+        elif what == "open" and details[2] & (os.O_WRONLY | os.O_RDWR) and isinstance(details[0], str):
+            event("saving") if out in Path(details[0]).parents else None
 
     torch.set_num_threads(1)
     hf.utils.logging.disable_progress_bar()

@@ -25,7 +25,7 @@ from pathlib import Path
 
 WORDS = 2000
 STAGES = {
-    "prepare": "data",
+    "read_rows": "data",
     "encode": "tokenize",
     "fingerprint": "tokenize",
     "plan_batches": "tokenize",

@@ -211,8 +211,7 @@ def spin_calibrate(
         pad = int(tokenizer.pad_token_id)
         with clock("extract"):
             known = remembered(cache_dir, key).get("batching") if ranks.main else None
-            starts = [ids[: cut.size] for ids in encoded.input_ids] if cut else encoded.input_ids
-            find = partial(find_batching, model.spin, read, starts, pad)
+            find = partial(find_batching, model.spin, read, encoded.samples(6), pad)
             model.config.batching = ranks.on_main(lambda: known or find())
         batches = plan_batches(encoded.lengths, batch_tokens, model.config.batching)
         about = {"backbone": model.config.backbone_id, "texts": len(rows), "tokens": sum(encoded.lengths)}

@@ -24,7 +24,9 @@ from .fingerprint import vocabulary_of
 from .halving import in_halves, is_out_of_memory, no_room
 from .one_pass import pool_prefix
 from .store import FORMAT, FeatureStore
+from .tokens import Tokens
 
+_TEXTS_AT_ONCE = 1000  # a tokenizer's own record of a text takes a hundred bytes a token
 _NO_LIMIT = 10**6  # tokenizers without a limit report an absurdly large one
 _PROVENANCE = ("_name_or_path", "architectures", "dtype", "transformers_version")  # no feature depends on these
 
@@ -33,8 +35,8 @@ _PROVENANCE = ("_name_or_path", "architectures", "dtype", "transformers_version"
 class Encoded:
     """Token ids of every text, and how many texts were cut to ``max_length`` or are longer than a window."""
 
-    input_ids: list[list[int]]
-    token_type_ids: list[list[int]] | None
+    input_ids: Sequence[list[int]]
+    token_type_ids: Sequence[list[int]] | None
     max_length: int | None
     truncated: int
     windows: Windows | None = None
@@ -43,9 +45,14 @@ class Encoded:
     def windowed(self) -> int:
         return 0 if self.windows is None else sum(length > self.windows.size for length in self.lengths)
 
+    def samples(self, count: int) -> list[list[int]]:
+        """Some of the longest texts, no longer than a window."""
+        longest = np.argsort(-np.asarray(self.lengths), kind="stable")[:count].tolist()
+        return [self.input_ids[row][: None if self.windows is None else self.windows.size] for row in longest]
+
     @functools.cached_property
     def lengths(self) -> list[int]:
-        return [len(ids) for ids in self.input_ids]
+        return self.input_ids.lengths if isinstance(self.input_ids, Tokens) else list(map(len, self.input_ids))
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: SpinForSequenceClassification) -> None:
@@ -99,22 +106,23 @@ def encode(
     Raises:
         EmptyTextError: if no text has a token.
     """
-    full = tokenizer(texts, pairs, truncation=False, verbose=False)
-    truncated = 0
     if windows is not None:
         max_length = None
-    if max_length is not None:
-        truncated = sum(len(ids) > max_length for ids in full["input_ids"])
-        if truncated:
-            full = tokenizer(texts, pairs, truncation=True, max_length=max_length)
-    ids = [list(row) for row in full["input_ids"]]
-    if not any(ids):
+    ids, types = Tokens(), Tokens()
+    truncated, some = 0, False
+    for first in range(0, len(texts), _TEXTS_AT_ONCE):
+        part = texts[first : first + _TEXTS_AT_ONCE], None if pairs is None else pairs[first : first + _TEXTS_AT_ONCE]
+        found = tokenizer(*part, truncation=False, verbose=False)
+        longer = 0 if max_length is None else sum(len(row) > max_length for row in found["input_ids"])
+        if longer:
+            found = tokenizer(*part, truncation=True, max_length=max_length)
+        truncated += longer
+        some = some or any(map(len, found["input_ids"]))
+        ids.extend(row or [tokenizer.pad_token_id] for row in found["input_ids"])
+        types.extend(row or [0] for row in found.get("token_type_ids", ()))
+    if not some:
         raise EmptyTextError("No text has a single token.")
-    filler = tokenizer.pad_token_id
-    types = full.get("token_type_ids")
-    if types is not None:
-        types = [list(row) or [0] for row in types]
-    return Encoded([row or [filler] for row in ids], types, max_length, truncated, windows)
+    return Encoded(ids, types if len(types) else None, max_length, truncated, windows)
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int, batching: str = "padded") -> list[list[int]]:
@@ -127,7 +135,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, batching: str = "pad
 
     A pure function of its arguments: resumed runs and other processes make the same batches, hence the same features.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     batches: list[list[int]] = []
     for row in order:
         longest = lengths[batches[-1][0]] if batches else 0

@@ -59,7 +59,10 @@ class Labelled:
     def score(self, scores: Sequence[Tensor]) -> tuple[float, np.ndarray]:
         """Metric and predictions from each fold's scores ``(rows held out, columns)``, taken together."""
         predictions = np.concatenate([self.task.predict(part) for part in scores])
-        return self.task.score(self.labels[self.eval_rows], predictions), predictions
+        score = self.task.score(self.labels[self.eval_rows], predictions)
+        if np.issubdtype(predictions.dtype, np.integer):  # hundreds of candidates keep theirs
+            predictions = predictions.astype(np.min_scalar_type(-max(1, len(self.task.names))))
+        return score, predictions
 
     def held_out_loss(self, scores: Sequence[Tensor]) -> float:
         """Mean loss on the evaluation rows: smoother than the metric, for choices between near equals."""
