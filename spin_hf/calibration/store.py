@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 
 from ..taps import Tap
+from .blocks import empty
 from .errors import OutputFolderError
 
 FORMAT = 2
@@ -141,7 +142,7 @@ class FeatureStore:
         if tap not in self._arrays:
             self._arrays[tap] = self._open(tap)
         width, place = self.widths[tap], self.poolings.index(pooling)
-        found = np.empty((self.rows, width if columns is None else len(columns)), dtype=np.float32)
+        found = empty(self.rows, width if columns is None else len(columns)).numpy()
         for rows, start in zip(self.batches, self._starts[tap][:-1], strict=True):
             first = start + place * len(rows) * width
             part = self._arrays[tap][first : first + len(rows) * width].reshape(len(rows), width)
