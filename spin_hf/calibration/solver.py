@@ -132,7 +132,9 @@ def balance(loss: Loss, scores: Tensor, intercept: Tensor, y: Tensor, s: Tensor)
             if not worse.any():
                 break
             step = torch.where(worse, step / 2, step)
-        intercept, value = intercept + step, trial
+        stood, intercept, value = intercept, intercept + step, trial
+        if torch.equal(intercept, stood):  # separable rows under a weak penalty: rounding is the limit
+            break
     return intercept
 
 
