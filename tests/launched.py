@@ -44,6 +44,15 @@ def calibrate(folder: Path, name: str, **options: object) -> None:
     result.save(folder / name / "calibration.json")
 
 
+def same(made: Path, expected: Path) -> None:
+    """Assert that two folders hold the same model and result, to the bit, but for the time that it took."""
+    for name in ("model.safetensors", "config.json"):
+        assert (made / name).read_bytes() == (expected / name).read_bytes(), name
+    results = [json.loads((folder / "calibration.json").read_text()) for folder in (made, expected)]
+    assert set(results[0].pop("seconds")) == set(results[1].pop("seconds"))
+    assert results[0] == results[1]
+
+
 def fail(folder: Path) -> None:
     """One process fails in the middle of the extraction, while the other has a long way to go."""
     from spin_hf.calibration import calibrate, ranks

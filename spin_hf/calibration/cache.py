@@ -48,7 +48,7 @@ def open_store(
     """
     with ExitStack() as held:
 
-        def prepare() -> tuple[Path, dict[int, set[int]], str]:
+        def prepare() -> tuple[Path, dict[int, dict[int, int]], str]:
             folder = _folder(cache_dir, key, held)
             store = FeatureStore(folder, widths=widths, poolings=poolings, batches=batches)
             if cache_dir is not None and len(recorded(folder, len(batches))) < len(batches):

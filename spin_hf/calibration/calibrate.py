@@ -211,8 +211,7 @@ def spin_calibrate(
         pad = int(tokenizer.pad_token_id)
         with clock("extract"):
             known = remembered(cache_dir, key).get("batching") if ranks.main else None
-            starts = [ids[: cut.size] for ids in encoded.input_ids] if cut else encoded.input_ids
-            find = partial(find_batching, model.spin, read, starts, pad)
+            find = partial(find_batching, model.spin, read, encoded.samples(6), pad)
             model.config.batching = ranks.on_main(lambda: known or find())
         batches = plan_batches(encoded.lengths, batch_tokens, model.config.batching)
         about = {"backbone": model.config.backbone_id, "texts": len(rows), "tokens": sum(encoded.lengths)}
@@ -223,6 +222,7 @@ def spin_calibrate(
             with clock("extract"), show.bar("Reading the backbone", sum(encoded.lengths)) as advance, ranks.together():
                 advance(sum(encoded.lengths) - sum(encoded.lengths[row] for i in missing for row in batches[i]))
                 extract(model.spin, encoded, store, ranks.share(missing), pad, ranks.counted(advance))
+            split = sum(map(len, ranks.gather(store.split)))
             device = _solver_device(model)
             fits = Fits(None, device)
             if cache_dir is not None and not callable(metric):
@@ -268,6 +268,8 @@ def spin_calibrate(
             "max_length": encoded.max_length,
             "windows": cut and {**cut.to_dict(), "texts": encoded.windowed},
             "tokens": sum(encoded.lengths),
+            "batches": len(batches),
+            "split_batches": split,
         },
         seconds=ranks.on_main(lambda: {**clock.seconds, "total": time.perf_counter() - started}),
         bytes={"features": store.bytes, "model": sum(p.numel() * p.element_size() for p in model.parameters())},

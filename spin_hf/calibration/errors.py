@@ -1,5 +1,5 @@
 """Errors of calibration, one type for each thing a caller can put right. All raised before long work starts, but for
-:class:`NonFiniteFeaturesError` and :class:`RankError`, which can only be seen in passing.
+:class:`NonFiniteFeaturesError`, :class:`DeviceMemoryError` and :class:`RankError`, which can only be seen in passing.
 """
 
 from __future__ import annotations
@@ -78,6 +78,10 @@ class TokenizerMismatchError(CalibrationError):
 
 class NonFiniteFeaturesError(CalibrationError):
     """A tap produced NaN or infinity."""
+
+
+class DeviceMemoryError(CalibrationError):
+    """A single text does not fit the device's memory."""
 
 
 class ConfidenceError(CalibrationError):

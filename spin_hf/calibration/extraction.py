@@ -21,9 +21,12 @@ from ..taps import Tap, model_device
 from ..windows import Windows
 from .errors import CalibrationError, EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
 from .fingerprint import vocabulary_of
+from .halving import in_halves, is_out_of_memory, no_room
 from .one_pass import pool_prefix
 from .store import FORMAT, FeatureStore
+from .tokens import Tokens
 
+_TEXTS_AT_ONCE = 1000  # a tokenizer's own record of a text takes a hundred bytes a token
 _NO_LIMIT = 10**6  # tokenizers without a limit report an absurdly large one
 _PROVENANCE = ("_name_or_path", "architectures", "dtype", "transformers_version")  # no feature depends on these
 
@@ -32,8 +35,8 @@ _PROVENANCE = ("_name_or_path", "architectures", "dtype", "transformers_version"
 class Encoded:
     """Token ids of every text, and how many texts were cut to ``max_length`` or are longer than a window."""
 
-    input_ids: list[list[int]]
-    token_type_ids: list[list[int]] | None
+    input_ids: Sequence[list[int]]
+    token_type_ids: Sequence[list[int]] | None
     max_length: int | None
     truncated: int
     windows: Windows | None = None
@@ -42,9 +45,14 @@ class Encoded:
     def windowed(self) -> int:
         return 0 if self.windows is None else sum(length > self.windows.size for length in self.lengths)
 
+    def samples(self, count: int) -> list[list[int]]:
+        """Some of the longest texts, no longer than a window."""
+        longest = np.argsort(-np.asarray(self.lengths), kind="stable")[:count].tolist()
+        return [self.input_ids[row][: None if self.windows is None else self.windows.size] for row in longest]
+
     @functools.cached_property
     def lengths(self) -> list[int]:
-        return [len(ids) for ids in self.input_ids]
+        return self.input_ids.lengths if isinstance(self.input_ids, Tokens) else list(map(len, self.input_ids))
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: SpinForSequenceClassification) -> None:
@@ -98,22 +106,23 @@ def encode(
     Raises:
         EmptyTextError: if no text has a token.
     """
-    full = tokenizer(texts, pairs, truncation=False, verbose=False)
-    truncated = 0
     if windows is not None:
         max_length = None
-    if max_length is not None:
-        truncated = sum(len(ids) > max_length for ids in full["input_ids"])
-        if truncated:
-            full = tokenizer(texts, pairs, truncation=True, max_length=max_length)
-    ids = [list(row) for row in full["input_ids"]]
-    if not any(ids):
+    ids, types = Tokens(), Tokens()
+    truncated, some = 0, False
+    for first in range(0, len(texts), _TEXTS_AT_ONCE):
+        part = texts[first : first + _TEXTS_AT_ONCE], None if pairs is None else pairs[first : first + _TEXTS_AT_ONCE]
+        found = tokenizer(*part, truncation=False, verbose=False)
+        longer = 0 if max_length is None else sum(len(row) > max_length for row in found["input_ids"])
+        if longer:
+            found = tokenizer(*part, truncation=True, max_length=max_length)
+        truncated += longer
+        some = some or any(map(len, found["input_ids"]))
+        ids.extend(row or [tokenizer.pad_token_id] for row in found["input_ids"])
+        types.extend(row or [0] for row in found.get("token_type_ids", ()))
+    if not some:
         raise EmptyTextError("No text has a single token.")
-    filler = tokenizer.pad_token_id
-    types = full.get("token_type_ids")
-    if types is not None:
-        types = [list(row) or [0] for row in types]
-    return Encoded([row or [filler] for row in ids], types, max_length, truncated, windows)
+    return Encoded(ids, types if len(types) else None, max_length, truncated, windows)
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int, batching: str = "padded") -> list[list[int]]:
@@ -126,7 +135,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, batching: str = "pad
 
     A pure function of its arguments: resumed runs and other processes make the same batches, hence the same features.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     batches: list[list[int]] = []
     for row in order:
         longest = lengths[batches[-1][0]] if batches else 0
@@ -165,7 +174,8 @@ def extract(
     pad_token_id: int,
     advance: Callable[[int], Any],
 ) -> None:
-    """Compute some batches of the store's plan and write them there.
+    """Compute some batches of the store's plan and write them there. One that does not fit the device's memory is read
+    in halves, down to single texts, and the store keeps how many parts it took.
 
     Args:
         numbers: of the batches.
@@ -173,6 +183,7 @@ def extract(
 
     Raises:
         CalibrationError: for windows on a backbone that works on other positions than its tokens; with the first batch.
+        DeviceMemoryError: where a text does not fit the device's memory even alone.
         NonFiniteFeaturesError: naming the tap that produced NaN or infinity.
         OutputFolderError: where the disk is full.
     """
@@ -187,26 +198,34 @@ def extract(
     def read(tap: Tap, values: Tensor, mask: Tensor) -> list[Tensor]:
         return list(reduce(values, mask, store.poolings).unbind(1))
 
+    def run(rows: Sequence[int]) -> dict[Tap, np.ndarray]:
+        batch = pad([encoded.input_ids[row] for row in rows], pad_token_id).to(device)
+        mask = pad([[1] * lengths[row] for row in rows], 0).to(device)
+        types = None
+        if encoded.token_type_ids is not None:
+            types = pad([encoded.token_type_ids[row] for row in rows], 0).to(device)
+        try:
+            pooled = model.pooled(poolings, read, mask, batch, types, windows=encoded.windows)
+        except PositionsError as error:
+            raise CalibrationError(str(error)) from error
+        except (RuntimeError, MemoryError) as error:
+            if len(rows) == 1 and is_out_of_memory(error):
+                raise no_room(lengths[rows[0]], device, error) from error
+            raise
+        return {tap: torch.stack(parts, 1).cpu().numpy() for tap, parts in pooled.items()}
+
     with model.hooked(taps), closing(store):
         for number in numbers:
             rows = store.batches[number].tolist()
-            batch = pad([encoded.input_ids[row] for row in rows], pad_token_id).to(device)
-            mask = pad([[1] * lengths[row] for row in rows], 0).to(device)
-            types = None
-            if encoded.token_type_ids is not None:
-                types = pad([encoded.token_type_ids[row] for row in rows], 0).to(device)
-            try:
-                pooled = model.pooled(poolings, read, mask, batch, types, windows=encoded.windows)
-            except PositionsError as error:
-                raise CalibrationError(str(error)) from error
-            arrays = {tap: torch.stack(parts, 1).cpu().numpy() for tap, parts in pooled.items()}
+            parts = in_halves(rows, run)
+            arrays = {tap: np.concatenate([part[tap] for part in parts]) for tap in taps} if parts[1:] else parts[0]
             for tap, array in arrays.items():
                 if not np.isfinite(array).all():
                     raise NonFiniteFeaturesError(
                         f"Tap {tap} produced NaN or infinity (batch {number}). In float16 the backbone may overflow: "
                         "load it with dtype=torch.bfloat16 or float32. Otherwise its weights are damaged."
                     )
-            store.write(number, arrays)
+            store.write(number, arrays, parts=len(parts))
             advance(sum(lengths[row] for row in rows))
 
 

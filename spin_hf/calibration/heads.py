@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..taps import Tap
 from .batched import L1, L2, Penalty, pays, solve_together
+from .blocks import empty, take_columns
 from .probes import Labelled, Probe, standardise
 from .ridge import curvature_gram, solve_ridge
 from .selection import Candidate, Columns, combinations, members
@@ -93,8 +94,9 @@ class HeadFitter:
         features = torch.from_numpy(self.store.read(tap, pooling)).to(self.device)
         scores = []
         for rows, held_out in self.data.folds:
-            x, _, _ = standardise(features, rows)
-            scores.append([x[held_out] @ p.weight.T + p.intercept for p in self._ridge(x[rows], rows, None)])
+            x = empty(len(rows), features.shape[1], device=features.device)
+            held, _, _ = standardise(features, rows, held_out, out=x)
+            scores.append([held @ p.weight.T + p.intercept for p in self._ridge(x, rows, None)])
         score, _, _, _ = self._choose(scores)
         return score, features.shape[1]
 
@@ -110,8 +112,8 @@ class HeadFitter:
         columns = Columns.of(members(probes, candidate.kind, candidate.pooling), fold)
         columns = columns.take(columns.kept(candidate.eta, candidate.depth))
         rows = self.data.fits()[fold]
-        features = columns.read(self.store, self.device)
-        x = features[rows]
+        single = len(self.data.folds) == 1
+        x, held_out = columns.read(self.store, self.device, rows, self.data.eval_rows if single else rows[:0])
         y, s = self.data.targets[rows], self.data.weights[rows]
         loss = self.data.task.loss
         if self.penalty == "l1":
@@ -119,8 +121,8 @@ class HeadFitter:
         else:
             points = solve_ridge(x, y, s, loss, [candidate.C], tol=tol)
         point = next(iter(points))
-        if len(self.data.folds) == 1:
-            scores = features[self.data.eval_rows] @ point.weight.T + point.intercept
+        if single:
+            scores = held_out @ point.weight.T + point.intercept
             score, predictions = self.data.score([scores])
             candidate = replace(candidate, score=score, predictions=predictions)
         return columns, point, candidate
@@ -135,18 +137,17 @@ class HeadFitter:
     ) -> Iterator[tuple[float, list[Tensor]]]:
         """For each eta, the scores on the held-out rows at each C. All etas share the widest one's matrix and Gram."""
         columns = columns.take(columns.kept(etas[-1], depth))
-        features = columns.read(self.store, self.device)
-        x = features[rows]
+        x, held = columns.read(self.store, self.device, rows, held_out)
         y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
         indices = [torch.from_numpy(np.flatnonzero(columns.kept(eta, depth))).to(self.device) for eta in etas]
         if pays(x.device):
-            yield from zip(etas, self._fit_together(x, features[held_out], columns, indices, rows), strict=True)
+            yield from zip(etas, self._fit_together(x, held, columns, indices, rows), strict=True)
             return
         sharing = [index for index in indices if len(index) <= len(x)]  # wider ones are solved in the rows' coordinates
         gram: Tensor | None = None
         weight = x.new_zeros(y.shape[1], x.shape[1])  # of the last eta, where the next one starts
         for eta, index in zip(etas, indices, strict=True):
-            part = x[:, index]
+            part = take_columns(x, index)
             if self.penalty == "l1":
                 factors = 1.0 / columns.scale.to(x)[index]
                 Cs, start = [columns.probes[0].C], weight[:, index]
@@ -161,8 +162,9 @@ class HeadFitter:
                 if gram is None and len(sharing) > 1:
                     middle = points[len(points) // 2]
                     z = (part @ middle.weight.T + middle.intercept).double()
-                    gram = curvature_gram(x[:, sharing[-1]], loss.curvature(z, s.double().to(z.device)))
-            yield eta, [features[held_out][:, index] @ p.weight.T + p.intercept for p in points]
+                    gram = curvature_gram(take_columns(x, sharing[-1]), loss.curvature(z, s.double().to(z.device)))
+            own = take_columns(held, index)
+            yield eta, [own @ p.weight.T + p.intercept for p in points]
 
     def _fit_together(
         self, x: Tensor, held_out: Tensor, columns: Columns, indices: Sequence[Tensor], rows: np.ndarray

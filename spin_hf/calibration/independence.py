@@ -15,14 +15,18 @@ from ..spin_model import SpinModel
 from ..taps import Tap, TapError, model_device
 from .errors import CalibrationError
 from .extraction import pad
+from .halving import is_out_of_memory, no_room
 
-_FEWEST_TOKENS, _MOST_TOKENS = 8, 256  # models that pool neighbours can't read less
+_FEWEST_TOKENS = 8  # models that pool neighbours can't read less
+_TRIALS = ((256, 6), (64, 6), (16, 2))  # most tokens of a text, and texts, where there is no room for more
 _PARTS = (1, 2, 4, 1, 3, 8)  # how much of each text
 
 
 @torch.no_grad()
 def find_batching(model: SpinModel, taps: Sequence[Tap], ids: list[list[int]], pad_token_id: int) -> Batching:
     """Compare a few texts of different lengths alone, in a padded batch and in batches of one length.
+
+    Where the device has no room for these, with less of each text.
 
     Args:
         model: its backbone runs about a dozen times, on at most 256 tokens of a text.
@@ -31,14 +35,25 @@ def find_batching(model: SpinModel, taps: Sequence[Tap], ids: list[list[int]], p
         pad_token_id: what shorter ones are filled with.
 
     Raises:
+        DeviceMemoryError: if a text of a few tokens is too much.
         CalibrationError: if the backbone can't be run on token ids alone, or the same text does not give the same
             features twice.
     """
     model.eval()
-    longest = sorted(ids, key=len, reverse=True)[: len(_PARTS)]
+    longest = sorted(ids, key=len, reverse=True)
+    for most, count in _TRIALS:
+        try:
+            return _try_on(model, taps, longest[:count], pad_token_id, most)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            cause = no_room(most, model_device(model), error)
+    raise cause
+
+
+def _try_on(model: SpinModel, taps: Sequence[Tap], longest: list[list[int]], pad_token_id: int, most: int) -> Batching:
     texts = [
-        row[: max(_FEWEST_TOKENS, min(len(row), _MOST_TOKENS) // part)]
-        for row, part in zip(longest, _PARTS, strict=False)
+        row[: max(_FEWEST_TOKENS, min(len(row), most) // part)] for row, part in zip(longest, _PARTS, strict=False)
     ]
     if len(texts[0]) < 2 * _FEWEST_TOKENS:  # all may be as short, and of one length nothing would be padded
         texts[0] = (texts[0] * 2 * _FEWEST_TOKENS)[: 2 * _FEWEST_TOKENS]

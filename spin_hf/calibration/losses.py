@@ -61,7 +61,8 @@ class Logistic:
     bound = 0.25
 
     def value(self, z: Tensor, y: Tensor, s: Tensor) -> Tensor:
-        return (s * (F.softplus(z) - y * z)).sum(-2)
+        # softplus(z) - y z for indicators, of which a sure and right row would leave nothing but rounding
+        return (s * F.softplus(torch.where(y > 0.5, -z, z))).sum(-2)
 
     def residual(self, z: Tensor, y: Tensor, s: Tensor) -> Tensor:
         return s * (y - torch.sigmoid(z))

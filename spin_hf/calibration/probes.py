@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..taps import Tap
 from .batched import pays
+from .blocks import empty, take_rows
 from .losses import Loss
 from .paths import solve_paths
 from .solver import PathPoint, smallest_useful_C, solve_path
@@ -59,7 +60,10 @@ class Labelled:
     def score(self, scores: Sequence[Tensor]) -> tuple[float, np.ndarray]:
         """Metric and predictions from each fold's scores ``(rows held out, columns)``, taken together."""
         predictions = np.concatenate([self.task.predict(part) for part in scores])
-        return self.task.score(self.labels[self.eval_rows], predictions), predictions
+        score = self.task.score(self.labels[self.eval_rows], predictions)
+        if np.issubdtype(predictions.dtype, np.integer):  # hundreds of candidates keep theirs
+            predictions = predictions.astype(np.min_scalar_type(-max(1, len(self.task.names))))
+        return score, predictions
 
     def held_out_loss(self, scores: Sequence[Tensor]) -> float:
         """Mean loss on the evaluation rows: smoother than the metric, for choices between near equals."""
@@ -128,19 +132,19 @@ def fit_probes(
     grids: list[list[float]] = []
     alive = [True] * len(places)
     problems = []
-    for rows in data.fits():
-        x = features[0].new_empty(len(features), *features[0].shape)
+    for number, rows in enumerate(data.fits()):
+        x = empty(len(features), len(rows), features[0].shape[1], device=features[0].device)
+        held_out = data.folds[number][1] if number < len(data.folds) else rows[:0]
         for search, own, values in zip(searches, x, features, strict=True):
-            own[:], *statistics = standardise(values, rows)
-            search.standard.append((own, *statistics))
+            search.standard.append(standardise(values, rows, held_out, out=own))
         y, s = data.targets[rows].to(x.device), data.weights[rows].to(x.device)
-        trained = [take(own, rows) for own in x]
-        grids = grids or [_grid(part, y, s, loss, Cs) for part in trained]
+        grids = grids or [_grid(own, y, s, loss, Cs) for own in x]
         factors = torch.stack([1.0 / search.standard[-1][2] for search in searches]) if raw else None
         if pays(x.device):
-            problems.append(solve_paths(take(x, rows), y, s, loss, grids, alive, factors=factors, tol=tol))
+            problems.append(solve_paths(x, y, s, loss, grids, alive, factors=factors, tol=tol))
         else:
-            problems.append(_in_turn(trained, y, s, loss, grids, alive, factors, tol))
+            problems.append(_in_turn(list(x), y, s, loss, grids, alive, factors, tol))
+        del x, own
     for points in zip(*problems, strict=True):
         for i, search in enumerate(searches):
             if alive[i]:
@@ -154,7 +158,7 @@ class _Search:
 
     def __init__(self, tap: Tap, pooling: str, data: Labelled, *, raw: bool, stop_early: bool) -> None:
         self.tap, self.pooling, self.data, self.raw, self.stop_early = tap, pooling, data, raw, stop_early
-        self.standard: list[tuple[Tensor, Tensor, Tensor]] = []  # for each fit
+        self.standard: list[tuple[Tensor, Tensor, Tensor]] = []  # for each fit: rows held out, mean, scale
         self.probes: list[Probe] = []
         self.best = self.lowest = (np.inf, 0)  # what was reached, and how many points ago
 
@@ -163,8 +167,8 @@ class _Search:
         if not points:
             return False
         scores = [
-            x[held_out] @ point.weight.T + point.intercept
-            for (_, held_out), (x, _, _), point in zip(self.data.folds, self.standard, points, strict=False)
+            held_out @ point.weight.T + point.intercept
+            for _, (held_out, _, _), point in zip(self.data.folds, self.standard, points, strict=False)
         ]
         score, predictions = self.data.score(scores)
         self.probes.append(_probe(self.tap, self.pooling, score, predictions, points, self.standard, self.raw))
@@ -200,6 +204,7 @@ def _in_turn(
         solve_path(x, y, s, loss, grid, factors=None if factors is None else factors[i], tol=tol)
         for i, (x, grid) in enumerate(zip(xs, grids, strict=True))
     ]
+    del xs  # the solver lets go of the rows once it has the columns
     for _ in range(max(map(len, grids))):
         yield [next(path, None) if wanted else None for path, wanted in zip(paths, alive, strict=True)]
 
@@ -235,7 +240,9 @@ def _probe(
 
 
 def probe_bytes(width: int, rows: int, fits: int) -> int:
-    """Memory that :func:`fit_probes` needs for a place: its features, and twice more for each fit (rows, columns)."""
+    """What :func:`fit_probes` needs for a place, in memory or, if large, in temporary files: its features, and about
+    twice more for each fit (by rows and by columns).
+    """
     return 4 * width * rows * (1 + 2 * fits)
 
 
@@ -255,18 +262,22 @@ def in_groups(places: Sequence[Place], widths: Mapping[Tap, int], rows: int, dev
     return groups
 
 
-def take(x: Tensor, rows: np.ndarray) -> Tensor:
-    """Some rows, ascending, of ``(..., n, d)``; without a copy where they follow one another."""
-    start, stop = int(rows[0]), int(rows[-1]) + 1
-    return x[..., start:stop, :] if stop - start == len(rows) else x[..., rows, :]
+def standardise(
+    features: Tensor, rows: np.ndarray, held_out: np.ndarray, *, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift and scale by the statistics of some rows, whose values are written to ``out``.
 
+    A constant column becomes zero, with scale 1.
 
-def standardise(features: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """All rows, shifted and scaled by the statistics of some. A constant column stays zero, with scale 1."""
-    mean = take(features, rows).mean(0)
-    scale = take(features, rows).std(0, correction=0)
+    Returns:
+        The values of the rows held out, mean and scale.
+    """
+    torch.index_select(features, 0, torch.from_numpy(rows).to(features.device), out=out)
+    mean, scale = out.mean(0), out.std(0, correction=0)
     constant = scale <= 1e-6 * mean.abs().clamp_min(1e-6)
     scale = torch.where(constant, torch.ones_like(scale), scale)
-    x = (features - mean).div_(scale)
-    x[:, constant] = 0.0
-    return x, mean, scale
+    others = take_rows(features, held_out)
+    for x in (out, others):
+        x.sub_(mean).div_(scale)
+        x[:, constant] = 0.0
+    return others, mean, scale

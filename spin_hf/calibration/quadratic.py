@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .blocks import summed
 from .losses import Loss
 
 _STEPS_PER_SOLVE = 20
@@ -87,12 +88,18 @@ class Quadratic:
 
     def _rows(self, xt: Tensor, k: int, which: Tensor) -> Tensor:
         """Rows of a problem's Gram matrix, ``(len(which), size)``."""
+        made = self._joint_rows if self.joint else self._own_rows
+        return summed(xt.shape[1], lambda texts: made(xt[:, texts], texts, k, which))
+
+    def _own_rows(self, xt: Tensor, texts: slice, k: int, which: Tensor) -> Tensor:
+        column = self.column[k, : self.sizes[k]]
+        return ((xt[column[which]] * self.curvature[texts, k]) @ xt[column].T).double()
+
+    def _joint_rows(self, xt: Tensor, texts: slice, k: int, which: Tensor) -> Tensor:
         column, output = self.column[k, : self.sizes[k]], self.output[k, : self.sizes[k]]
-        if not self.joint:
-            return ((xt[column[which]] * self.curvature[:, k]) @ xt[column].T).double()
-        p = self.curvature.T.contiguous()
+        p = self.curvature[texts].T.contiguous()
         weighted = xt[column] * p[output]
-        part = weighted[which] * self.row_weights[:, 0]
+        part = weighted[which] * self.row_weights[texts, 0]
         rows = -(part @ weighted.T).double()
         for own in range(self.shape[0]):
             mine, ours = (output == own).nonzero()[:, 0], (output[which] == own).nonzero()[:, 0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from scipy.stats import binomtest
 
 from .task import METRICS, Metric
+
+_DRAWS_AT_ONCE = 2**21  # of rows
 
 # A metric of many resamples at once: counts (rounds, n) of each row, labels (n, K), predictions (n, K) -> (rounds,).
 Resampled = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -27,8 +29,13 @@ def paired_error(
         labels: of the evaluation rows, ``(n,)`` or ``(n, num_labels)``.
         first, second: predictions of the same shape.
     """
-    draws = np.random.default_rng(seed).integers(0, len(labels), (rounds, len(labels)))
-    differences = _scores(score, labels, first, draws) - _scores(score, labels, second, draws)
+    first, second = (part.astype(labels.dtype, copy=False) for part in (first, second))
+    differences = np.concatenate(
+        [
+            _scores(score, labels, first, draws) - _scores(score, labels, second, draws)
+            for draws in _draws(len(labels), rounds, seed)
+        ]
+    )
     known = differences[np.isfinite(differences)]
     return float(np.std(known, ddof=1)) if len(known) > 1 else float("nan")
 
@@ -40,8 +47,7 @@ def bootstrap_interval(
 
     ``None`` where fewer than two resamples can be scored.
     """
-    draws = np.random.default_rng(seed).integers(0, len(labels), (rounds, len(labels)))
-    found = _scores(score, labels, predictions, draws)
+    found = np.concatenate([_scores(score, labels, predictions, draws) for draws in _draws(len(labels), rounds, seed)])
     known = found[np.isfinite(found)]
     if len(known) < 2:
         return None
@@ -53,6 +59,13 @@ def share_interval(share: float, rows: int) -> tuple[float, float]:
     """Wilson's 95% interval (1927) of a share of so many rows, such as an accuracy."""
     found = binomtest(round(share * rows), rows).proportion_ci(method="wilson")
     return float(found.low), float(found.high)
+
+
+def _draws(count: int, rounds: int, seed: int) -> Iterator[np.ndarray]:
+    """The rows of all resamples, ``(rounds, count)`` in all, some rounds at a time."""
+    generator, at_once = np.random.default_rng(seed), max(1, _DRAWS_AT_ONCE // count)
+    for first in range(0, rounds, at_once):
+        yield generator.integers(0, count, (min(at_once, rounds - first), count))
 
 
 def _scores(score: Metric, labels: np.ndarray, predictions: np.ndarray, draws: np.ndarray) -> np.ndarray:

@@ -32,7 +32,8 @@ class CalibrationResult:
             and of ``"best probe"`` (within the limits on features and depth, where there is one).
         metric: name of the metric of all scores.
         kept: neurons kept by tap and pooling, as in ``SpinConfig.features``.
-        data: rows, labels and texts cut to the window.
+        data: rows, labels, texts cut to the window, and batches, with the number of those that did not fit the
+            device's memory and were split.
         seconds: wall time by stage.
         bytes: disk for the features, and the model's parameters.
         convergence: worst relative duality gap of the probes, how many missed the tolerance, the final head's gap.
@@ -123,6 +124,11 @@ class CalibrationResult:
             notes.append(
                 f"{windows['texts']:,} texts were read in windows of {windows['size']} tokens that share "
                 f"{windows['overlap']} or more."
+            )
+        if split := self.data.get("split_batches"):
+            notes.append(
+                f"{split:,} of {self.data['batches']:,} batches did not fit the device's memory and were read in "
+                "parts; with more room, features may differ in their last digits. A smaller batch_tokens saves time."
             )
         if self.convergence["unconverged"]:
             notes.append(

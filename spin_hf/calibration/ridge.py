@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .blocks import summed
 from .losses import Loss
 from .solver import PathPoint, balance
 
@@ -21,7 +22,8 @@ def curvature_gram(x: Tensor, curvature: Tensor) -> Tensor:
 
     One for all ``K`` outputs, from the largest curvature ``(n, K)`` of each row.
     """
-    return x.T @ (curvature.amax(1, keepdim=True).to(x.dtype) * x)
+    largest = curvature.amax(1, keepdim=True).to(x.dtype)
+    return summed(len(x), lambda rows: x[rows].T @ (largest[rows] * x[rows]))
 
 
 def solve_ridge(

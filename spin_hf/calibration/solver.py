@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .blocks import empty
 from .losses import Loss
 from .quadratic import Quadratic
 
@@ -131,7 +132,9 @@ def balance(loss: Loss, scores: Tensor, intercept: Tensor, y: Tensor, s: Tensor)
             if not worse.any():
                 break
             step = torch.where(worse, step / 2, step)
-        intercept, value = intercept + step, trial
+        stood, intercept, value = intercept, intercept + step, trial
+        if torch.equal(intercept, stood):  # separable rows under a weak penalty: rounding is the limit
+            break
     return intercept
 
 
@@ -147,7 +150,8 @@ class _Problem:
         factors: Tensor | None = None,
         start: Tensor | None = None,
     ) -> None:
-        self.xt, self.loss = x.T.contiguous(), loss  # a feature is a row: working sets are read row by row
+        self.xt, self.loss = empty(*x.T.shape, device=x.device), loss
+        self.xt.copy_(x.T)  # a feature is a row: working sets are read row by row
         self.last: list[Quadratic] = []
         self.factors = torch.ones_like(x[0]) if factors is None else factors.to(x)
         self.y, self.s = y.double().to(x.device), s.double().to(x.device)
@@ -213,7 +217,9 @@ class _Problem:
         Only the unsettled ``(K,)`` columns move, until each is settled.
         """
         union = active.any(1).nonzero()[:, 0]
-        xt = torch.cat([self.xt[union], self.xt.new_ones(1, self.xt.shape[1])])
+        xt = empty(len(union) + 1, self.xt.shape[1], device=self.xt.device)
+        torch.index_select(self.xt, 0, union, out=xt[:-1])
+        xt[-1] = 1.0
         factors = self.factors[union, None]
         members = torch.nn.functional.pad(active[union].T, (0, 1), value=True)  # (K, rows of xt)
         penalties = penalty * torch.cat([factors[:, 0], factors.new_zeros(1)]).double().expand(members.shape)

@@ -20,7 +20,7 @@ from .probes import Labelled, Place, Probe, fit_probes, in_groups
 from .progress import Show
 from .ranks import Ranks
 from .recipe import Recipe
-from .selection import Candidate, probe_candidate, smallest_within_error, winner
+from .selection import Candidate, probe_candidate, read_features, smallest_within_error, winner
 from .store import FeatureStore
 from .task import Task
 
@@ -134,10 +134,8 @@ class Final:
 
     def logits(self, store: FeatureStore, task: Task, rows: np.ndarray) -> np.ndarray:
         """``(rows, num_labels)``, as the model will give them."""
-        read = [store.read(group.tap, group.pooling, group.neurons.numpy())[rows] for group in self.groups]
-        features = torch.from_numpy(np.concatenate([np.zeros((len(rows), 0), np.float32), *read], 1))
+        (features,) = read_features(store, self.groups, self.mean, self.scale, torch.device("cpu"), rows)
         weight, bias = task.as_logits(self.weight, self.intercept)
-        features = (features - self.mean.cpu()) / self.scale.cpu()
         return np.asarray((features @ weight.cpu().T + bias.cpu()).numpy())
 
 

@@ -16,12 +16,13 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 
 from ..taps import Tap
+from .blocks import empty
 from .errors import OutputFolderError
 
 FORMAT = 2
 ABOUT = "store.json"
 _PAGE = 1024  # float32 values in a page of memory: batches share no page, so that processes never write the same one
-_RECORD = re.compile(r"(\d+) ([0-9a-f]{8})")
+_RECORD = re.compile(r"(\d+)(?:/(\d+))? ([0-9a-f]{8})")  # batch, its parts if several, checksum
 
 
 class FeatureStore:
@@ -29,7 +30,8 @@ class FeatureStore:
 
     The file of a tap holds the batches in the plan's order, each ``(poolings, rows, width)`` and filled up to a whole
     page. A batch is recorded with a checksum once it is written, in a file of the process that wrote it, so that
-    nothing needs to be flushed: after a crash a batch is either whole or found not to be.
+    nothing needs to be flushed: after a crash a batch is either whole or found not to be. Of one that was read in parts
+    it is recorded in how many.
 
     Args:
         folder: made by :meth:`create`.
@@ -37,6 +39,9 @@ class FeatureStore:
         poolings: of each neuron.
         batches: the plan, rows of each batch.
         process: number of this process among those that fill the store together.
+
+    Attributes:
+        split: by batch, of those that this process checked or wrote, in how many parts it was read, if not as a whole.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class FeatureStore:
         self.folder, self.widths, self.poolings = folder, dict(widths), tuple(poolings)
         self.batches = [np.asarray(rows) for rows in batches]
         self.rows = sum(map(len, self.batches))
+        self.split: dict[int, int] = {}
         self._starts = {tap: _starts(len(self.poolings) * width, self.batches) for tap, width in self.widths.items()}
         self._journal = folder / f"done.{process}"
         self._record: TextIO | None = None
@@ -84,23 +90,24 @@ class FeatureStore:
         except OSError as error:
             raise _cannot_write(error) from error
 
-    def whole(self, numbers: Iterable[int], records: Mapping[int, set[int]]) -> list[int]:
+    def whole(self, numbers: Iterable[int], records: Mapping[int, Mapping[int, int]]) -> list[int]:
         """Those of the recorded batches whose features are on disk as they were written."""
         arrays = {tap: self._open(tap) for tap in self.widths}
         found = []
         for number in numbers:
             parts = [arrays[tap][starts[number] : starts[number + 1]] for tap, starts in self._starts.items()]
-            if _checksum(parts) in records[number]:
+            if read_in := records[number].get(_checksum(parts)):
                 found.append(number)
+                self._note(number, read_in)
         return found
 
-    def write(self, number: int, pooled: Mapping[Tap, np.ndarray]) -> None:
-        """Store a batch, ``(rows, poolings, width)`` for each tap, and record it.
+    def write(self, number: int, pooled: Mapping[Tap, np.ndarray], *, parts: int = 1) -> None:
+        """Store a batch, ``(rows, poolings, width)`` for each tap, and record it, read in so many parts.
 
         Raises:
             OutputFolderError: where the disk is full or fails. What was recorded stays.
         """
-        parts = []
+        written = []
         try:
             for tap, starts in self._starts.items():
                 part = np.zeros(int(starts[number + 1] - starts[number]), dtype=np.float32)
@@ -111,14 +118,15 @@ class FeatureStore:
                 self._files[tap].seek(4 * int(starts[number]))
                 if self._files[tap].write(part.data) != part.nbytes:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
-                parts.append(part)
+                written.append(part)
             if self._record is None:
                 self._record = self._journal.open("a")
                 self._record.write("\n")  # ends what a kill left of a line
-            self._record.write(f"{number} {_checksum(parts):08x}\n")
+            self._record.write(f"{number}{f'/{parts}' if parts > 1 else ''} {_checksum(written):08x}\n")
             self._record.flush()
         except OSError as error:
             raise _cannot_write(error) from error
+        self._note(number, parts)
 
     def close(self) -> None:
         """End writing; on a network's file system this is what shows it to other machines."""
@@ -134,12 +142,16 @@ class FeatureStore:
         if tap not in self._arrays:
             self._arrays[tap] = self._open(tap)
         width, place = self.widths[tap], self.poolings.index(pooling)
-        found = np.empty((self.rows, width if columns is None else len(columns)), dtype=np.float32)
+        found = empty(self.rows, width if columns is None else len(columns)).numpy()
         for rows, start in zip(self.batches, self._starts[tap][:-1], strict=True):
             first = start + place * len(rows) * width
             part = self._arrays[tap][first : first + len(rows) * width].reshape(len(rows), width)
             found[rows] = part if columns is None else part[:, columns]
         return found
+
+    def _note(self, number: int, parts: int) -> None:
+        if parts > 1:
+            self.split[number] = parts
 
     def _path(self, tap: Tap) -> Path:
         return self.folder / f"{tap}.f32"
@@ -148,14 +160,16 @@ class FeatureStore:
         return np.memmap(self._path(tap), dtype=np.float32, mode="r")
 
 
-def recorded(folder: Path, batches: int) -> dict[int, set[int]]:
-    """Checksums by batch of a plan of so many, as all processes recorded them in a store's folder."""
-    found: dict[int, set[int]] = {}
+def recorded(folder: Path, batches: int) -> dict[int, dict[int, int]]:
+    """By batch of a plan of so many, each checksum that a process recorded in a store's folder, and the parts of that
+    reading.
+    """
+    found: dict[int, dict[int, int]] = {}
     for path in folder.glob("done.*"):
         for line in path.read_text(errors="replace").splitlines():
             record = _RECORD.fullmatch(line)  # the last line of a killed process may be torn
             if record and int(record[1]) < batches:
-                found.setdefault(int(record[1]), set()).add(int(record[2], 16))
+                found.setdefault(int(record[1]), {})[int(record[3], 16)] = int(record[2] or 1)
     return found
 
 

@@ -106,7 +106,7 @@ def test_features_are_those_of_each_text_alone(name, make_backbone, tokenizer, e
 
 def test_pairs_keep_their_token_types(tokenizer):
     encoded = encode(tokenizer, ["a film", "plot"], ["good", "it was bad"], 64)
-    assert encoded.token_type_ids == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
+    assert list(encoded.token_type_ids) == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
     assert encoded.lengths == [6, 7]
 
 
@@ -118,10 +118,24 @@ def test_long_texts_are_cut_and_counted(tokenizer):
     assert encode(tokenizer, texts, None, None).lengths == [5, 6, 32]
 
 
+def test_many_texts_are_as_each_alone(tokenizer):
+    """They are read some at a time, of which only the last have a long one, or any token."""
+    texts = [*["a film " * (1 + i % 7) for i in range(1500)], "plot " * 80]
+    encoded = encode(tokenizer, texts, None, 40)
+    assert (len(encoded.input_ids), encoded.truncated) == (1501, 1)
+    expected = tokenizer(texts, truncation=True, max_length=40)
+    assert list(encoded.input_ids) == expected["input_ids"]
+    assert list(encoded.token_type_ids) == expected["token_type_ids"]
+    assert encoded.lengths == list(map(len, expected["input_ids"]))
+    assert encoded.samples(2) == [expected["input_ids"][i] for i in (1500, 6)]
+    tokenizer._tokenizer.post_processor = None
+    assert encode(tokenizer, [""] * 1200 + ["film"], None, 40).lengths == [1] * 1201
+
+
 def test_texts_without_tokens(tokenizer):
     tokenizer._tokenizer.post_processor = None  # no special tokens, as many decoders' tokenizers have it
     encoded = encode(tokenizer, ["", "good film"], None, 64)
-    assert encoded.input_ids == [
+    assert list(encoded.input_ids) == [
         [tokenizer.pad_token_id],
         [tokenizer.convert_tokens_to_ids(w) for w in ("good", "film")],
     ]

@@ -15,6 +15,7 @@ import torch
 from builders import make_backbone, make_sentiment_rows, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from launched import same
 from safetensors.torch import load_file
 
 from spin_hf.calibration.ranks import Ranks, _balanced
@@ -64,15 +65,6 @@ def launch(task, folder, count=2, **more):
     codes = [process.returncode for process in processes]
     assert "KILL_AT" in more or codes == [0] * count, errors
     return codes
-
-
-def same(made, expected):
-    """To the bit, but for the time it took and the place it was made at."""
-    for name in ("model.safetensors", "config.json"):
-        assert (made / name).read_bytes() == (expected / name).read_bytes(), name
-    results = [json.loads((folder / "calibration.json").read_text()) for folder in (made, expected)]
-    assert set(results[0].pop("seconds")) == set(results[1].pop("seconds"))
-    assert results[0] == results[1]
 
 
 def test_killed_and_gone_on_with_two_processes_or_with_one(alone, tmp_path):

@@ -1,0 +1,116 @@
+"""A device whose memory does not suffice for a batch, or not even for a text."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from spin_hf import SpinForSequenceClassification, spin_calibrate
+from spin_hf.calibration.errors import DeviceMemoryError
+
+QUICK = {"progress": False, "Cs": 4, "etas": (0.5, 1.0), "batch_tokens": 128}
+FULL = {
+    "device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "host": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+    "python": MemoryError(),
+}
+
+
+@pytest.fixture
+def wrap(bert_backbone):
+    def make(most=10**9, error=FULL["device"], most_rows=80):
+        """With room for so many padded tokens, or rows of long texts; ``model.sizes``: tokens of each forward."""
+        model = SpinForSequenceClassification.from_backbone(copy.deepcopy(bert_backbone))
+        model.sizes = []
+
+        def forward(module, arguments, options):
+            ids = options["input_ids"]
+            model.sizes.append(ids.numel())
+            if ids.numel() > most or (ids.shape[1] > 40 and len(ids) > most_rows):
+                raise type(error)(*error.args)
+
+        model.spin.backbone.register_forward_pre_hook(forward, with_kwargs=True)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def rows(sentiment_rows):
+    return sentiment_rows["text"], sentiment_rows["label"]
+
+
+def features(folder):
+    return {path.name: np.fromfile(path, np.float32) for path in folder.glob("*/*.f32")}
+
+
+def same(made, expected):
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_a_batch_is_halved_until_it_fits(kind, wrap, tokenizer, rows, tmp_path):
+    whole, halved = wrap(), wrap(40, FULL[kind])
+    expected = spin_calibrate(whole, tokenizer, rows, cache_dir=tmp_path / "whole", **QUICK)
+    result = spin_calibrate(halved, tokenizer, rows, cache_dir=tmp_path / "halved", **QUICK)
+    assert expected.data["split_batches"] == 0
+    assert 0 < result.data["split_batches"] <= result.data["batches"] == expected.data["batches"]
+    assert f"{result.data['split_batches']} of {result.data['batches']} batches did not fit" in str(result)
+    assert "did not fit" not in str(expected)
+    ours, theirs = features(tmp_path / "halved"), features(tmp_path / "whole")
+    assert set(ours) == set(theirs)
+    for name, values in ours.items():
+        np.testing.assert_allclose(values, theirs[name], rtol=1e-4, atol=1e-4 * np.abs(theirs[name]).max())
+    assert result.chosen.score == pytest.approx(expected.chosen.score, abs=0.1)
+    again = wrap(40)
+    recorded = spin_calibrate(again, tokenizer, rows, cache_dir=tmp_path / "halved", **QUICK)
+    assert not again.sizes  # nothing was read anew, and what was split is known
+    assert recorded.data == result.data
+    same(again, halved)
+
+
+def test_a_batch_that_fits_is_read_whole_after_one_that_did_not(wrap, tokenizer, rows):
+    texts, labels = rows
+    model = wrap(most_rows=1)
+    data = ["film " * 50 * (i < 4) + text for i, text in enumerate(texts)], labels
+    assert spin_calibrate(model, tokenizer, data, **QUICK).data["split_batches"] == 2  # the long texts, two by two
+    assert len([size for size in model.sizes if size > 100]) > 4
+
+
+def test_a_split_does_not_stop_a_killed_run_from_going_on(wrap, tokenizer, rows, tmp_path):
+    first = wrap(40)
+    spin_calibrate(first, tokenizer, rows, **QUICK)
+    model, calls = wrap(40), []
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+
+    model.spin.backbone.register_forward_hook(dying)
+    with pytest.raises(KeyboardInterrupt):
+        spin_calibrate(model, tokenizer, rows, cache_dir=tmp_path, **QUICK)
+    again = wrap(40)
+    spin_calibrate(again, tokenizer, rows, cache_dir=tmp_path, **QUICK)
+    assert len(again.sizes) < len(first.sizes)
+    same(again, first)
+
+
+@pytest.mark.parametrize("most", [40, 3])
+def test_a_text_that_does_not_fit_alone(most, wrap, tokenizer, rows, tmp_path):
+    texts, labels = rows
+    data = [("film " * 40 * (i == 3) + text) for i, text in enumerate(texts)], labels
+    message = r"A text of \d+ tokens does not fit the memory of cpu, not even alone \(CUDA.*dtype=.*max_length"
+    with pytest.raises(DeviceMemoryError, match=message):
+        spin_calibrate(wrap(most), tokenizer, data, cache_dir=tmp_path, **QUICK)
+    if most == 40:  # it says what helps
+        result = spin_calibrate(wrap(most), tokenizer, data, cache_dir=tmp_path, max_length=20, **QUICK)
+        assert result.data["split_batches"] > 0
+
+
+def test_other_errors_are_left_alone(wrap, tokenizer, rows):
+    model = wrap(3, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes cannot"):
+        spin_calibrate(model, tokenizer, rows, **QUICK)
