@@ -19,12 +19,10 @@ import sys
 import time
 
 import torch
-from shapes import SHAPES, make
+from shapes import SHAPES, make, make_classifier
 from transformers import AutoConfig, AutoModel
 
 from spin_hf import SpinForSequenceClassification
-from spin_hf.features import FeatureGroup
-from spin_hf.taps import Tap, tap_width
 
 
 def make_backbone(arguments: argparse.Namespace):
@@ -35,23 +33,6 @@ def make_backbone(arguments: argparse.Namespace):
     torch.manual_seed(0)
     with torch.device(arguments.device):
         return AutoModel.from_config(config, dtype=dtype, attn_implementation=arguments.attn)
-
-
-def make_classifier(backbone, depth: int, *, keep: int, count: int = 50):
-    """Reads ``count`` neurons of each tap up to ``depth``, under mean and max; runs ``keep`` blocks."""
-    model = SpinForSequenceClassification.from_backbone(backbone)
-    spin, draw = model.spin, torch.Generator().manual_seed(0)
-    taps = sorted((tap for tap in spin.taps if tap.block <= depth and tap.kind != "norm"), key=lambda t: (t[1], t[0]))
-    groups = [FeatureGroup(tap, pooling, chosen(spin, tap, count, draw)) for tap in taps for pooling in ("max", "mean")]
-    size = sum(len(group.neurons) for group in groups)
-    spin.set_features(groups, torch.zeros(size), torch.ones(size), depth=keep)
-    model.set_head(torch.randn(2, size, generator=draw) / size**0.5, torch.zeros(2))
-    return model.eval()
-
-
-def chosen(spin, tap: Tap, count: int, draw: torch.Generator) -> torch.Tensor:
-    width = tap_width(spin.backbone, spin.layout, tap)
-    return torch.randperm(width, generator=draw)[:count].sort().values
 
 
 def megabytes(model) -> float:
@@ -68,14 +49,17 @@ def seconds(call, device: str) -> float:
     return time.perf_counter() - start
 
 
+wrap = SpinForSequenceClassification.from_backbone
+
+
 @torch.no_grad()
 def run(arguments: argparse.Namespace) -> dict:
     backbone = make_backbone(arguments)
     total = backbone.config.num_hidden_layers
     depth = arguments.depth or total // 2
-    models = {"eager": make_classifier(copy.deepcopy(backbone), depth, keep=depth)}
+    models = {"eager": make_classifier(wrap(copy.deepcopy(backbone)), depth, keep=depth)}
     if "full" in arguments.variants:
-        models["full"] = make_classifier(backbone, depth, keep=total)
+        models["full"] = make_classifier(wrap(backbone), depth, keep=total)
     sizes = {name: megabytes(model) for name, model in models.items()}
     if "compiled" in arguments.variants:
         options = {} if arguments.backend != "inductor" else {"mode": arguments.mode}
