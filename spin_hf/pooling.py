@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -45,8 +45,9 @@ class PoolingTogether:
         mask: as :func:`pool` takes it, of the texts of all taps.
     """
 
-    # Numbers that wait: 64 MB of float32. With fewer, a GPU spends a large batch on launching kernels.
-    _MOST = 2**24
+    # Numbers that wait. On a CPU they should stay in its cache; a GPU would spend a large batch on launching kernels.
+    _MOST: ClassVar[dict[str, int]] = {"cpu": 2**18}
+    _MOST_ELSEWHERE = 2**24  # 64 MB of float32
 
     def __init__(self, mask: Tensor) -> None:
         self._mask = mask
@@ -78,7 +79,7 @@ class PoolingTogether:
             self._waiting.setdefault(pooling, []).append((key, place, part))
         if not self._at_once:
             self._count += values.numel()
-        if self._at_once or self._count >= self._MOST:
+        if self._at_once or self._count >= self._MOST.get(values.device.type, self._MOST_ELSEWHERE):
             self._pool()
 
     def finish(self) -> dict[Any, list[Tensor]]:

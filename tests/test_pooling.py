@@ -114,7 +114,7 @@ def test_unknown_pooling():
 
 @pytest.mark.parametrize("most", [1, 60, 10**6])
 def test_pooling_together_is_pooling_each(monkeypatch, most):
-    monkeypatch.setattr(PoolingTogether, "_MOST", most)
+    monkeypatch.setattr(PoolingTogether, "_MOST", {"cpu": most})
     draw = torch.Generator().manual_seed(0)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
     wanted = {
