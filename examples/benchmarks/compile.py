@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
-import sys
 import time
 
+import results
 import torch
 from shapes import SHAPES, make, make_classifier
 from transformers import AutoConfig, AutoModel
@@ -103,7 +102,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 if __name__ == "__main__":
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
     parser.add_argument("--backbone", help="folder or id whose config gives the shape instead")
     parser.add_argument("--depth", type=int, help="blocks to keep; half of them by default")
@@ -117,4 +116,6 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=30)
-    sys.stdout.write(json.dumps(run(parser.parse_args())) + "\n")
+    chosen = parser.parse_args()
+    name = f"Compile: {chosen.backbone or chosen.shape}, {chosen.mode}, {chosen.device}"
+    results.report(chosen.record, name, [run(chosen)])

@@ -42,15 +42,17 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def report(path: Path | None, name: str, rows: Rows, note: str = "") -> None:
-    """Print the rows as lines of JSON and, where there is a path, write them to the section of that name there."""
+def report(path: Path | None, name: str, rows: Rows) -> None:
+    """Print the rows as lines of JSON, and :func:`write_section`."""
     for row in rows:
         print(json.dumps(row), flush=True)
+    write_section(path, name, rows)
+
+
+def write_section(path: Path | None, name: str, rows: Rows) -> None:
+    """Write the rows to the section of that name, where there is a path."""
     if path is not None:
-        text = "\n\n".join(
-            part for part in (f"```console\n{command(sys.argv)}\n```", table(rows), note, f"{machine()}.") if part
-        )
-        write(path, {name: text})
+        write(path, {name: f"```console\n{command(sys.argv)}\n```\n\n{table(rows)}\n\n{machine()}."})
 
 
 def table(rows: Rows) -> str:
