@@ -107,7 +107,7 @@ def compare(ours, theirs, *, device: str, seconds: float, least: int = 20) -> di
             for name, column in zip(("spin", "native"), zip(*pairs, strict=True), strict=True)
         },
         "ratio": round(statistics.median(ratios), 3),
-        "quartiles": [round(quarters[0], 3), round(quarters[2], 3)],
+        "quartiles": f"{quarters[0]:.3f} to {quarters[2]:.3f}",
         "pairs": len(pairs),
     }
 
