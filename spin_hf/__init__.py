@@ -9,6 +9,7 @@ from .calibration import CalibrationResult, spin_calibrate
 from .configuration_spin import SpinConfig
 from .estimator import SpinClassifier, SpinRegressor
 from .modeling_spin import NotCalibratedError, SpinForSequenceClassification
+from .pipelines import SpinTextClassificationPipeline
 from .spin_model import SpinModel
 from .taps import TapError
 from .training import lora_targets
@@ -29,6 +30,7 @@ __all__ = [
     "SpinForSequenceClassification",
     "SpinModel",
     "SpinRegressor",
+    "SpinTextClassificationPipeline",
     "TapError",
     "lora_targets",
     "spin_calibrate",

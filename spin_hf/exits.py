@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .features import FeatureGroup, Selection, Standardizer, group_by_tap
+from .features import FeatureGroup, Kept, Selection, Standardizer, group_by_tap
 
 
 class ExitError(ValueError):
@@ -111,17 +111,17 @@ class Exits(nn.Module):
         columns = self.head(number).columns
         ends = [stop for _, of_tap in self.parts for _, _, stop in of_tap]
         bounds = iter(torch.searchsorted(columns, torch.tensor(ends, device=columns.device)).tolist())
-        neurons, start = [], 0
+        kept, start = [], 0
         for tap, of_tap in self.parts:
-            own = []
+            first, poolings = start, []
             for pooling, _, _ in of_tap:
                 stop = next(bounds)
                 if stop > start:
-                    own.append((pooling, self.standardizer.neurons[columns[start:stop]]))
+                    poolings.append((pooling, stop - start))
                 start = stop
-            if own:
-                neurons.append((tap, own))
-        return Selection(neurons, everything.mean[columns], everything.scale[columns])
+            if poolings:
+                kept.append(Kept(tap, self.standardizer.neurons[columns[first:start]], poolings))
+        return Selection(kept, everything.mean[columns], everything.scale[columns])
 
     def forward(self, shared: Tensor) -> Tensor:
         """Logits ``(batch, exits, num_labels)`` of the shared features ``(batch, num_features)``."""

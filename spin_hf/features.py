@@ -22,16 +22,28 @@ class FeatureGroup(NamedTuple):
 TapParts = list[tuple[Tap, list[tuple[str, int, int]]]]  # for each tap its (pooling, start, stop)
 
 
-class Selection(NamedTuple):
-    """What one forward is to read: for each tap its (pooling, neurons), and the shift and scale of each feature."""
+class Kept(NamedTuple):
+    """The neurons of one tap that are read."""
 
-    neurons: list[tuple[Tap, list[tuple[str, Tensor]]]]
+    tap: Tap
+    neurons: Tensor  # (count,) int64, those of one pooling after another
+    poolings: list[tuple[str, int]]  # and how many neurons each of them has
+
+
+class Selection(NamedTuple):
+    """What one forward is to read, and the shift and scale of each feature."""
+
+    kept: list[Kept]
     mean: Tensor
     scale: Tensor
 
     def groups(self) -> list[FeatureGroup]:
         """The neurons, group by group, in the order of the features."""
-        return [FeatureGroup(tap, pooling, neurons) for tap, parts in self.neurons for pooling, neurons in parts]
+        return [
+            FeatureGroup(tap, pooling, own)
+            for tap, neurons, poolings in self.kept
+            for (pooling, _), own in zip(poolings, neurons.split([count for _, count in poolings]), strict=True)
+        ]
 
     def standardise(self, pooled: Sequence[Tensor]) -> Tensor:
         """Features ``(batch, num_features)`` from the pooled neurons ``(batch, neurons)`` of each tap and pooling."""
@@ -62,8 +74,13 @@ class Standardizer(nn.Module):
 
     def select(self, parts: TapParts) -> Selection:
         """All its neurons, which these parts divide by tap and pooling."""
-        neurons = [(tap, [(pooling, self.neurons[a:b]) for pooling, a, b in of_tap]) for tap, of_tap in parts]
-        return Selection(neurons, self.mean, self.scale)
+        ends = [(of_tap[0][1], of_tap[-1][2]) for _, of_tap in parts]
+        neurons = self.neurons.split([stop - start for start, stop in ends])
+        kept = [
+            Kept(tap, own, [(pooling, stop - start) for pooling, start, stop in of_tap])
+            for (tap, of_tap), own in zip(parts, neurons, strict=True)
+        ]
+        return Selection(kept, self.mean, self.scale)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Features ``(batch, num_features)`` from pooled neurons in their order."""

@@ -30,6 +30,7 @@ from .pooling import pool as pool
 from .pretrained import NotCalibratedError as NotCalibratedError
 from .pretrained import SpinPreTrainedModel
 from .quantization import is_quantized as is_quantized
+from .readers import Gathering as Gathering
 from .spin_model import SpinModel
 from .structure import find_layout
 from .taps import model_device

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,16 +32,75 @@ def pool(values: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:
         PositionsError: where the number of positions is not that of tokens, unless all of these are real; then all
             positions are pooled.
     """
-    mask = mask.to(device=values.device, dtype=torch.bool)
-    if values.shape[1] != mask.shape[1]:
-        if not mask.all():
-            raise PositionsError(
-                f"{mask.shape[1]} tokens became {values.shape[1]} positions, so that padding can't be told apart. "
-                "Give texts of one length, or one at a time."
-            )
-        mask = mask.new_ones(values.shape[:2])
-    columns = [_pool_one(values, mask, name) for name in poolings]
-    return torch.stack(columns, 1).masked_fill(~mask.any(1)[:, None, None], 0.0)
+    tokens = _Tokens(mask, values)
+    return torch.stack([_pool_one(values, tokens, name) for name in poolings], 1)
+
+
+class PoolingTogether:
+    """Pools neurons of many taps in a few large operations instead of many small ones.
+
+    Neurons wait until there are enough of them, which bounds the memory; what is pooled alone equals :func:`pool`.
+
+    Args:
+        mask: as :func:`pool` takes it, of the texts of all taps.
+    """
+
+    # Numbers that wait. On a CPU they should stay in its cache; a GPU would spend a large batch on launching kernels.
+    _MOST: ClassVar[dict[str, int]] = {"cpu": 2**18}
+    _MOST_ELSEWHERE = 2**24  # 64 MB of float32
+
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = mask
+        self._found: dict[Any, list[Tensor]] = {}
+        self._waiting: dict[str, list[tuple[Any, int, Tensor]]] = {}
+        self._count = 0
+        self._like: tuple[Any, ...] = ()
+        # A graph for any number of texts can't decide by it. Older versions of torch don't tell export from compile.
+        self._at_once = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+    def add(self, key: Hashable, values: Tensor, poolings: Sequence[tuple[str, int]]) -> None:
+        """Take the neurons of one key.
+
+        Args:
+            key: of the result.
+            values: activations ``(batch, tokens, neurons)``.
+            poolings: and how many neurons each of them pools, one after another.
+
+        Raises:
+            PositionsError, ValueError: as :func:`pool` does, here or later.
+        """
+        like = (values.shape[1], values.device)
+        if like != self._like:
+            self._pool()
+            self._like = like
+        self._found[key] = [values] * len(poolings)
+        parts = [values] if len(poolings) == 1 else values.split_with_sizes([count for _, count in poolings], -1)
+        for place, ((pooling, _), part) in enumerate(zip(poolings, parts, strict=True)):
+            self._waiting.setdefault(pooling, []).append((key, place, part))
+        if not self._at_once:
+            self._count += values.numel()
+        if self._at_once or self._count >= self._MOST.get(values.device.type, self._MOST_ELSEWHERE):
+            self._pool()
+
+    def finish(self) -> dict[Any, list[Tensor]]:
+        """For each key ``(batch, neurons)`` of each of its poolings, in float32."""
+        self._pool()
+        return self._found
+
+    def _pool(self) -> None:
+        if not self._waiting:
+            return
+        tokens = None
+        with torch.autocast(self._mask.device.type, enabled=False):
+            for pooling, waiting in self._waiting.items():
+                parts = [part for _, _, part in waiting]
+                values = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+                tokens = tokens or _Tokens(self._mask, values)
+                pooled = _pool_one(values, tokens, pooling)
+                split = [pooled] if len(parts) == 1 else pooled.split_with_sizes([part.shape[-1] for part in parts], -1)
+                for (key, place, _), own in zip(waiting, split, strict=True):
+                    self._found[key][place] = own
+        self._waiting, self._count = {}, 0
 
 
 def align_left(mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
@@ -52,9 +111,7 @@ def align_left(mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor, list[Tens
     """
     tokens = mask.shape[1]
     position = torch.arange(tokens, device=mask.device)
-    order = torch.where(mask.to(torch.bool), position, position + tokens).argsort(
-        dim=1
-    )  # no two alike, so it is stable
+    order = position.add(mask.logical_not(), alpha=tokens).argsort(dim=1)  # no two alike, so it is stable
 
     def gather(tensor: Tensor) -> Tensor:
         index = order.to(tensor.device)
@@ -64,13 +121,33 @@ def align_left(mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor, list[Tens
     return gather(mask), [None if tensor is None else gather(tensor) for tensor in tensors]
 
 
-def _pool_one(values: Tensor, mask: Tensor, pooling: str) -> Tensor:
+class _Tokens:
+    """Which tokens of a batch are pooled: what all poolings ask of the mask, worked out once."""
+
+    def __init__(self, mask: Tensor, values: Tensor) -> None:
+        mask = mask.to(device=values.device, dtype=torch.bool)
+        if values.shape[1] != mask.shape[1]:
+            if not mask.all():
+                raise PositionsError(
+                    f"{mask.shape[1]} tokens became {values.shape[1]} positions, so that padding can't be told apart. "
+                    "Give texts of one length, or one at a time."
+                )
+            mask = mask.new_ones(values.shape[:2])
+        self.mask, self.padding = mask, mask.logical_not()[..., None]
+        self.count = mask.sum(1, keepdim=True)
+        self.none = self.count == 0
+
+
+def _pool_one(values: Tensor, tokens: _Tokens, pooling: str) -> Tensor:
+    mask = tokens.mask
     if pooling == "mean":  # filled, not multiplied by the mask: padding may hold NaN
-        return values.float().masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        return values.masked_fill(tokens.padding, 0.0).sum(1, dtype=torch.float32) / tokens.count.clamp_min(1)
     if pooling == "max":
-        return values.masked_fill(~mask[..., None], -torch.inf).amax(1).float()
-    if pooling in ("first", "last"):
+        found = values.masked_fill(tokens.padding, -torch.inf).amax(1)
+    elif pooling in ("first", "last"):
         position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         score = torch.where(mask, position if pooling == "last" else position.flip(0), 0)
-        return values[torch.arange(values.shape[0], device=values.device), score.argmax(1)].float()
-    raise ValueError(f"Unknown pooling {pooling!r}. Choose from: {', '.join(POOLINGS)}.")
+        found = values[torch.arange(values.shape[0], device=values.device), score.argmax(1)]
+    else:
+        raise ValueError(f"Unknown pooling {pooling!r}. Choose from: {', '.join(POOLINGS)}.")
+    return found.float().masked_fill(tokens.none, 0.0)

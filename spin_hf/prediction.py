@@ -23,6 +23,8 @@ from .modeling_spin import NotCalibratedError, SpinForSequenceClassification
 from .taps import model_device
 from .windows import Windows
 
+MOST_PADDING = 0.1  # of a batch, as a share of its tokens: a forward more costs less than more padding than this
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -117,7 +119,7 @@ def batches(
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """The rows of each batch, and its inputs on the model's device."""
     device = model_device(model)
-    for rows in plan_batches(encoded.lengths, batch_tokens):
+    for rows in plan_batches(encoded.lengths, batch_tokens, most_padding=MOST_PADDING):
         batch = {
             "input_ids": pad([encoded.input_ids[row] for row in rows], int(tokenizer.pad_token_id)),
             "attention_mask": pad([[1] * encoded.lengths[row] for row in rows], 0),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -18,11 +19,12 @@ from .depth import nearest_depth, truncate
 from .drift import sample, warn_if_moved
 from .features import FeatureGroup, Selection, Standardizer, described, group_by_tap
 from .inputs import backbone_inputs, token_mask
-from .layout import Layout, Tap, TapError
+from .layout import Layout, Tap
 from .outputs import SpinModelOutput, wants_dict
 from .parts import whole_config
-from .pooling import PositionsError, align_left, pool
+from .pooling import PositionsError, align_left
 from .pretrained import NotCalibratedError, SpinPreTrainedModel
+from .readers import Gathering, Reader, TapByTap
 from .structure import find_layout
 from .taps import attach, model_device, record
 from .windows import WindowPlan, Windows, plan_windows
@@ -183,13 +185,10 @@ class SpinModel(SpinPreTrainedModel):
 
         The other arguments, and what is raised for them, are those of :meth:`forward`.
         """
-        mask, inputs = align_left(
-            token_mask(input_ids, attention_mask, inputs_embeds),
-            input_ids,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-        )
+        mask = token_mask(input_ids, attention_mask, inputs_embeds)
+        inputs = [input_ids, token_type_ids, position_ids, inputs_embeds]
+        if attention_mask is not None:  # else all tokens are real
+            mask, inputs = align_left(mask, *inputs)
         if self.config.batching == "padded" or mask.shape[0] == 1:
             return self._read(selections, mask, *inputs, **kwargs)
         found, numbers = [], []
@@ -204,33 +203,18 @@ class SpinModel(SpinPreTrainedModel):
         self, selections: Sequence[Selection], mask: Tensor, *inputs: Tensor | None, **kwargs: Any
     ) -> list[Tensor]:
         """The features of a right-padded batch that may run together."""
-        wanted: dict[Tap, list[tuple[str, Tensor]]] = {}
+        poolings: dict[Tap, list[str]] = {}
         for selection in selections:
-            for tap, parts in selection.neurons:
-                wanted[tap] = [*wanted.get(tap, []), *parts]
-        learns = torch.is_grad_enabled() and self._needs_gradient(inputs[-1])
-
-        def read(tap: Tap, values: Tensor, mask: Tensor) -> list[Tensor]:
-            if learns and not torch.is_grad_enabled():
-                raise TapError(
-                    f"Tap {tap} lies in a reentrant checkpoint, where its gradient is lost. Enable checkpointing with "
-                    'gradient_checkpointing_kwargs={"use_reentrant": False}.'
-                )
-            found = []
-            with torch.autocast(values.device.type, enabled=False):
-                for pooling, neurons in wanted[tap]:
-                    kept = values.index_select(-1, neurons.to(values.device))
-                    found.append(pool(kept, mask, [pooling])[:, 0].to(neurons.device))
-            return found
-
-        poolings = {tap: [pooling for pooling, _ in parts] for tap, parts in wanted.items()}
+            for tap, _, parts in selection.kept:
+                poolings.setdefault(tap, []).extend(pooling for pooling, _ in parts)
         windows = None if self.config.windows is None else Windows(**self.config.windows)
-        pooled = self.pooled(poolings, read, mask, *inputs, windows=windows, **kwargs)
+        start = partial(Gathering, selections, torch.is_grad_enabled() and self._needs_gradient(inputs[-1]))
+        pooled = self.read_taps(poolings, start, mask, *inputs, windows=windows, **kwargs)
         features = []
         with torch.autocast(self.standardizer.mean.device.type, enabled=False):
             for selection in selections:
                 own = []
-                for tap, parts in selection.neurons:  # each tap's values stand in the order of the selections
+                for tap, _, parts in selection.kept:  # each tap's values stand in the order of the selections
                     own += pooled[tap][: len(parts)]
                     pooled[tap] = pooled[tap][len(parts) :]
                 features.append(selection.standardise(own))
@@ -258,17 +242,29 @@ class SpinModel(SpinPreTrainedModel):
         Returns:
             ``(texts, neurons)`` for each pooling of each tap.
         """
+        return self.read_taps(poolings, partial(TapByTap, read), mask, *inputs, windows=windows, **kwargs)
+
+    def read_taps(
+        self,
+        poolings: Mapping[Tap, Sequence[str]],
+        start: Callable[[Tensor], Reader],
+        mask: Tensor,
+        *inputs: Tensor | None,
+        windows: Windows | None,
+        **kwargs: Any,
+    ) -> dict[Tap, list[Tensor]]:
+        """:meth:`pooled` by what ``start`` makes of the mask of the tokens to pool, once for each forward."""
 
         def run(mask: Tensor, tokens: Tensor, *inputs: Tensor | None) -> dict[Tap, list[Tensor]]:
-            found: dict[Tap, list[Tensor]] = {}
+            reader = start(tokens)
 
             def keep(tap: Tap, values: Tensor) -> None:
                 if tap in poolings:
-                    found[tap] = read(tap, values, tokens)
+                    reader.read(tap, values)
 
             with self.recording(list(poolings), keep, mask):
                 self.run_backbone(inputs[0], mask, *inputs[1:], **kwargs)
-            return found
+            return reader.finish()
 
         if windows is None or mask.shape[1] <= windows.size:
             return run(mask, mask, *inputs)
@@ -309,7 +305,8 @@ class SpinModel(SpinPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
         )
-        with nullcontext() if self._needs_gradient(inputs_embeds) else torch.no_grad():
+        # Asked first whether gradients are wanted at all: to look at every parameter takes as long as a small layer.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._needs_gradient(inputs_embeds)):
             self.backbone(**inputs, **kwargs)
 
     # -- what is trained ----------------------------------------------------------------------------------------------

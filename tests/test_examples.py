@@ -139,6 +139,29 @@ def test_extraction_benchmark():
     assert min(found["milliseconds"].values()) > 0
 
 
+def test_inference_benchmark_writes_its_section(tmp_path):
+    path, into = tmp_path / "found.md", tmp_path / "RESULTS.md"
+    options = ("--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--modes", "eager", "--seconds", 0)
+    into.write_text("## Another\n\nkept\n\n## Inference: tiny, cpu\n\nold\n", encoding="utf-8")
+    shown = run_example("benchmarks/inference.py", *options, "--tokens", 5, "--batch", 2, "--record", path)
+    found = json.loads(shown)
+    assert found["operations"]["native"] < found["operations"]["spin"]
+    run_example("benchmarks/results.py", "merge", path, "--into", into)
+    text = into.read_text(encoding="utf-8")
+    assert text.count("\n## ") == 2
+    assert "kept" in text
+    assert "\nold\n" not in text
+    assert f"| ratio | {found['ratio']:.4g} |" in text
+    assert "--seconds 0 --tokens 5 --batch 2\n" in text
+    assert str(tmp_path) not in text
+
+
+def test_pipeline_benchmark(run):
+    options = ("--reviews", 2, "--sentences", 3, "--rounds", 1, "--sizes", 2, "--device", "cpu")
+    found = [json.loads(line) for line in run("benchmarks/pipeline.py", *options, data="sst2").splitlines()]
+    assert [line["same_labels"] for line in found] == [True, True]
+
+
 def test_precision_benchmark(run, minilm_path):
     options = ("--rows", 60, "--model", minilm_path, "--precisions", "float32", "bfloat16")
     found = [json.loads(line) for line in run("benchmarks/precision.py", *options, data="sst2").splitlines()]

@@ -7,6 +7,7 @@ import transformers as hf
 from builders import CONFIGS, calibrated, make_backbone, make_batch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging
 
 from spin_hf import NotCalibratedError, SpinConfig, SpinForSequenceClassification, SpinModel
@@ -369,3 +370,35 @@ def test_the_backbones_own_answers(bert_backbone):
     embeddings = torch.nn.Embedding(80, 32)
     model.set_input_embeddings(embeddings)
     assert bert_backbone.embeddings.word_embeddings is embeddings
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that compute something: each is a launch on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_tap_more_is_one_operation_more(padded):
+    """A small batch costs what is launched, so reading must stay as short as this."""
+    batch = make_batch()
+    if not padded:
+        del batch["attention_mask"]
+
+    def operations(taps, poolings):
+        model = calibrated(make_backbone("llama"), taps=taps, poolings=poolings, depth=3)
+        with torch.no_grad(), Operations() as counter:
+            model(**batch)
+        with torch.no_grad(), Operations() as bare:
+            model.spin.backbone(**batch, use_cache=False)
+        return counter.count - bare.count
+
+    few, many = (
+        operations(taps, ["max", "mean"]) for taps in (["ffn.1", "ffn.2"], ["ffn.1", "ffn.2", "hidden.2", "ffn.3"])
+    )
+    assert many == few + 2
+    assert operations(["ffn.1", "ffn.2"], ["mean"]) < few < 30

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_hf.pooling import POOLINGS, align_left, pool
+from spin_hf.pooling import POOLINGS, PoolingTogether, PositionsError, align_left, pool
 
 
 @st.composite
@@ -110,3 +110,41 @@ def test_gradients_reach_real_tokens_only():
 def test_unknown_pooling():
     with pytest.raises(ValueError, match="'median'. Choose from: first, last, mean, max"):
         pool(torch.zeros(1, 1, 1), torch.ones(1, 1), ["median"])
+
+
+@pytest.mark.parametrize("most", [1, 60, 10**6])
+def test_pooling_together_is_pooling_each(monkeypatch, most):
+    monkeypatch.setattr(PoolingTogether, "_MOST", {"cpu": most})
+    draw = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+    wanted = {
+        "a": [("max", 3), ("mean", 2)],
+        "b": [("mean", 1)],
+        "c": [("first", 2), ("last", 2), ("max", 1), ("mean", 4)],
+        "d": [("max", 2), ("max", 1)],
+    }
+    together, values = PoolingTogether(mask), {}
+    for key, poolings in wanted.items():
+        values[key] = torch.randn(3, 4, sum(count for _, count in poolings), generator=draw).to(
+            torch.bfloat16 if key == "b" else torch.float32
+        )
+        together.add(key, values[key], poolings)
+    found = together.finish()
+    for key, poolings in wanted.items():
+        parts = values[key].split([count for _, count in poolings], -1)
+        for (pooling, _), part, own in zip(poolings, parts, found[key], strict=True):
+            assert own.dtype == torch.float32
+            torch.testing.assert_close(own, pool(part, mask, [pooling])[:, 0], rtol=1e-6, atol=1e-6)
+
+
+def test_pooling_together_of_other_positions():
+    values = torch.arange(6.0).reshape(1, 6, 1)
+    together = PoolingTogether(torch.ones(1, 4))
+    together.add("tokens", values[:, :4], [("max", 1)])
+    together.add("positions", values, [("max", 1)])
+    found = together.finish()
+    assert (found["tokens"][0].item(), found["positions"][0].item()) == (3, 5)
+    together = PoolingTogether(torch.tensor([[1, 1, 1, 0]]))
+    together.add("positions", values, [("max", 1)])
+    with pytest.raises(PositionsError, match="4 tokens became 6 positions"):
+        together.finish()

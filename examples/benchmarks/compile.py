@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
-import sys
 import time
 
+import results
 import torch
-from shapes import SHAPES, make
+from shapes import SHAPES, make, make_classifier
 from transformers import AutoConfig, AutoModel
 
 from spin_hf import SpinForSequenceClassification
-from spin_hf.features import FeatureGroup
-from spin_hf.taps import Tap, tap_width
 
 
 def make_backbone(arguments: argparse.Namespace):
@@ -35,23 +32,6 @@ def make_backbone(arguments: argparse.Namespace):
     torch.manual_seed(0)
     with torch.device(arguments.device):
         return AutoModel.from_config(config, dtype=dtype, attn_implementation=arguments.attn)
-
-
-def make_classifier(backbone, depth: int, *, keep: int, count: int = 50):
-    """Reads ``count`` neurons of each tap up to ``depth``, under mean and max; runs ``keep`` blocks."""
-    model = SpinForSequenceClassification.from_backbone(backbone)
-    spin, draw = model.spin, torch.Generator().manual_seed(0)
-    taps = sorted((tap for tap in spin.taps if tap.block <= depth and tap.kind != "norm"), key=lambda t: (t[1], t[0]))
-    groups = [FeatureGroup(tap, pooling, chosen(spin, tap, count, draw)) for tap in taps for pooling in ("max", "mean")]
-    size = sum(len(group.neurons) for group in groups)
-    spin.set_features(groups, torch.zeros(size), torch.ones(size), depth=keep)
-    model.set_head(torch.randn(2, size, generator=draw) / size**0.5, torch.zeros(2))
-    return model.eval()
-
-
-def chosen(spin, tap: Tap, count: int, draw: torch.Generator) -> torch.Tensor:
-    width = tap_width(spin.backbone, spin.layout, tap)
-    return torch.randperm(width, generator=draw)[:count].sort().values
 
 
 def megabytes(model) -> float:
@@ -68,14 +48,17 @@ def seconds(call, device: str) -> float:
     return time.perf_counter() - start
 
 
+wrap = SpinForSequenceClassification.from_backbone
+
+
 @torch.no_grad()
 def run(arguments: argparse.Namespace) -> dict:
     backbone = make_backbone(arguments)
     total = backbone.config.num_hidden_layers
     depth = arguments.depth or total // 2
-    models = {"eager": make_classifier(copy.deepcopy(backbone), depth, keep=depth)}
+    models = {"eager": make_classifier(wrap(copy.deepcopy(backbone)), depth, keep=depth)}
     if "full" in arguments.variants:
-        models["full"] = make_classifier(backbone, depth, keep=total)
+        models["full"] = make_classifier(wrap(backbone), depth, keep=total)
     sizes = {name: megabytes(model) for name, model in models.items()}
     if "compiled" in arguments.variants:
         options = {} if arguments.backend != "inductor" else {"mode": arguments.mode}
@@ -119,7 +102,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 if __name__ == "__main__":
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
     parser.add_argument("--backbone", help="folder or id whose config gives the shape instead")
     parser.add_argument("--depth", type=int, help="blocks to keep; half of them by default")
@@ -133,4 +116,6 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=30)
-    sys.stdout.write(json.dumps(run(parser.parse_args())) + "\n")
+    chosen = parser.parse_args()
+    name = f"Compile: {chosen.backbone or chosen.shape}, {chosen.mode}, {chosen.device}"
+    results.report(chosen.record, name, [run(chosen)])

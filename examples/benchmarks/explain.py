@@ -9,13 +9,12 @@ logit's size).
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import results
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,7 +35,7 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--model", required=True, help="folder of a classifier")
     parser.add_argument("--data", type=Path, required=True, help="folder with NAME/test.jsonl.gz")
     parser.add_argument("--set", default="sst2")
@@ -67,4 +66,4 @@ if __name__ == "__main__":
         "explain_seconds": round(explained, 2),
         "ratio": round(explained / plain, 3),
     }
-    print(json.dumps(row))
+    results.report(chosen.record, f"Explain: {chosen.set}", [row])

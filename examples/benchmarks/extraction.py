@@ -10,10 +10,10 @@ the medians are compared. The features of the two poolings must agree.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 
+import results
 import torch
 from shapes import SHAPES, make
 
@@ -80,7 +80,7 @@ def _wait(device: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["llama-1b", "gpt2-xl"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
@@ -89,8 +89,8 @@ def main() -> None:
     parser.add_argument("--poolings", nargs="+", default=["mean", "max"])
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
-    for shape in arguments.shape:
-        print(json.dumps(measure(shape, arguments)), flush=True)
+    rows = [measure(shape, arguments) for shape in arguments.shape]
+    results.report(arguments.record, f"Extraction: {' '.join(arguments.shape)}, {arguments.device}", rows)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -116,9 +117,11 @@ def run(arguments: argparse.Namespace) -> None:
     data = [(part["features"], part["labels"]) for part in stored]
     torch.set_num_threads(1)
 
+    rows: list[dict[str, Any]] = []
+
     def note(kind: str, penalty: float, seed: int, found: dict) -> None:
-        row = {"set": arguments.set, "kind": kind, "penalty": penalty, "seed": seed, **found}
-        sys.stdout.write(json.dumps(row) + "\n")
+        rows.append({"set": arguments.set, "kind": kind, "penalty": penalty, "seed": seed, **found})
+        sys.stdout.write(json.dumps(rows[-1]) + "\n")
         sys.stdout.flush()
 
     note("calibrated", 0.0, 0, cut(model.score, model.config.num_features, data[1]))
@@ -129,25 +132,27 @@ def run(arguments: argparse.Namespace) -> None:
                 note(kind, penalty, seed, found)
                 if kind == "l1":
                     note("cut", penalty, seed, cut(model.score, found["kept"], data[1]))
+    results.write_section(arguments.record, f"Gates: {arguments.set}", means(rows))
 
 
-def show(path: Path) -> str:
-    """Means over the seeds, as a Markdown table."""
+def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over the seeds."""
     groups: dict[tuple, list[dict]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in rows:
         groups.setdefault((row["set"], row["kind"], row["penalty"]), []).append(row)
-    lines = ["| set | gates | penalty | kept | accuracy | loss |", "| --- | --- | --- | --- | --- | --- |"]
-    for (name, kind, penalty), rows in groups.items():
-        mean = {key: statistics.mean(row[key] for row in rows) for key in ("kept", "accuracy", "loss")}
-        lines.append(
-            f"| {name} | {kind} | {penalty:g} | {mean['kept']:.0f} | {mean['accuracy']:.1f} | {mean['loss']:.3f} |"
-        )
-    return "\n".join(lines)
+    return [
+        {
+            "set": name,
+            "gates": kind,
+            "penalty": penalty,
+            **{key: round(statistics.mean(row[key] for row in own), 3) for key in ("kept", "accuracy", "loss")},
+        }
+        for (name, kind, penalty), own in groups.items()
+    ]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--data", type=Path, help="folder with sst2 and trec")
     parser.add_argument("--set", choices=("sst2", "trec"), default="sst2")
     parser.add_argument("--options", default="{}", help="JSON: options of spin_calibrate")
@@ -159,7 +164,8 @@ if __name__ == "__main__":
     parser.add_argument("--show", type=Path, help="print the table of a file of results")
     chosen = parser.parse_args()
     if chosen.show:
-        sys.stdout.write(show(chosen.show) + "\n")
+        lines = chosen.show.read_text(encoding="utf-8").splitlines()
+        sys.stdout.write(results.table(means([json.loads(line) for line in lines])) + "\n")
     elif chosen.data is None:
         parser.error("--data is needed: the folder with the data sets")
     else:

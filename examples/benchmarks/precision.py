@@ -8,11 +8,10 @@ all of them. Prints one line of JSON for each, with the seconds of each stage.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
+import results
 import torch
 import transformers
 from sklearn.metrics import accuracy_score
@@ -37,7 +36,7 @@ def load_options(precision: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with sst2/{train,validation,test}.jsonl.gz")
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", default="cpu")
@@ -47,28 +46,27 @@ def main() -> None:
     train, validation, test = load(arguments.data, "sst2", arguments.rows)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows = []
     for precision in arguments.precisions:
         model = SpinForSequenceClassification.from_backbone(
             arguments.model, num_labels=2, device_map=arguments.device, **load_options(precision)
         )
         result = spin_calibrate(model, tokenizer, train, validation, batch_tokens=16384)
         answers = predict(model, tokenizer, [row["text"] for row in test]).labels
-        print(
-            json.dumps(
-                {
-                    "model": Path(arguments.model).name,
-                    "precision": precision,
-                    "validation": round(result.chosen.score, 4),
-                    "test": round(accuracy_score([row["label"] for row in test], answers), 4),
-                    "features": result.chosen.num_features,
-                    "depth": result.chosen.depth,
-                    "worst_gap": result.convergence["worst_gap"],
-                    "unconverged": result.convergence["unconverged"],
-                    "seconds": {stage: round(value, 1) for stage, value in result.seconds.items()},
-                }
-            ),
-            flush=True,
+        rows.append(
+            {
+                "model": Path(arguments.model).name,
+                "precision": precision,
+                "validation": round(result.chosen.score, 4),
+                "test": round(accuracy_score([row["label"] for row in test], answers), 4),
+                "features": result.chosen.num_features,
+                "depth": result.chosen.depth,
+                "worst_gap": result.convergence["worst_gap"],
+                "unconverged": result.convergence["unconverged"],
+                "seconds": {stage: round(value, 1) for stage, value in result.seconds.items()},
+            }
         )
+    results.report(arguments.record, f"Precision: {Path(arguments.model).name}, {arguments.device}", rows)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import AutoModel, GPT2Config, LlamaConfig, PreTrainedModel
+
+from spin_hf import SpinForSequenceClassification
+from spin_hf.features import FeatureGroup
+from spin_hf.spin_model import SpinModel
+from spin_hf.taps import Tap, tap_width
 
 SHAPES = {
     "llama-1b": LlamaConfig(  # Llama 3.2 1B
@@ -34,3 +41,27 @@ def make(shape: str, *, dtype: torch.dtype, device: str, attention: str = "sdpa"
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModel.from_config(SHAPES[shape], dtype=dtype, attn_implementation=attention).eval()
+
+
+def make_classifier(
+    model: SpinForSequenceClassification,
+    depth: int,
+    *,
+    keep: int,
+    count: int = 50,
+    poolings: Sequence[str] = ("max", "mean"),
+    kinds: Sequence[str] = ("ffn", "hidden"),
+) -> SpinForSequenceClassification:
+    """Have it read ``count`` random neurons of each tap up to ``depth``, each pooling, and run ``keep`` blocks."""
+    spin, draw = model.spin, torch.Generator().manual_seed(0)
+    taps = sorted((tap for tap in spin.taps if tap.block <= depth and tap.kind in kinds), key=lambda t: (t[1], t[0]))
+    groups = [FeatureGroup(tap, pooling, _chosen(spin, tap, count, draw)) for tap in taps for pooling in poolings]
+    size = sum(len(group.neurons) for group in groups)
+    spin.set_features(groups, torch.zeros(size), torch.ones(size), depth=keep)
+    model.set_head(torch.randn(2, size, generator=draw) / size**0.5, torch.zeros(2))
+    return model.eval()
+
+
+def _chosen(spin: SpinModel, tap: Tap, count: int, draw: torch.Generator) -> torch.Tensor:
+    width = tap_width(spin.backbone, spin.layout, tap)
+    return torch.randperm(width, generator=draw)[:count].sort().values

@@ -125,25 +125,31 @@ def encode(
     return Encoded(ids, types if len(types) else None, max_length, truncated, windows)
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int, batching: str = "padded") -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], batch_tokens: int, batching: str = "padded", *, most_padding: float = float("inf")
+) -> list[list[int]]:
     """Rows grouped by length, longest first, each batch within ``batch_tokens`` padded tokens (but at least one row).
 
     Args:
         lengths: tokens of each row.
         batch_tokens: most padded tokens of a batch.
         batching: see :mod:`spin_hf.batching`.
+        most_padding: of a batch, as a share of its real tokens; few texts of many lengths would be mostly padding.
 
     A pure function of its arguments: resumed runs and other processes make the same batches, hence the same features.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     batches: list[list[int]] = []
+    real = 0  # tokens of the last batch
     for row in order:
         longest = lengths[batches[-1][0]] if batches else 0
         together = batching == "padded" or (batching == "equal_length" and longest == lengths[row])
-        if batches and together and (len(batches[-1]) + 1) * longest <= batch_tokens:
+        padded, real = (len(batches[-1]) + 1) * longest if batches else 0, real + lengths[row]
+        if batches and together and padded <= batch_tokens and padded - real <= most_padding * real:
             batches[-1].append(row)
         else:
             batches.append([row])
+            real = lengths[row]
     return batches
 
 

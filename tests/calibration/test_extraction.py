@@ -80,6 +80,12 @@ def test_batches(lengths, budget):
         assert len(rows) == 1 or len(rows) * longest <= budget
         assert following is None or (len(rows) + 1) * longest > budget  # no room for one more
     assert plan_batches(tuple(lengths), budget) == batches
+    tight = plan_batches(lengths, budget, most_padding=0.1)
+    assert sorted(row for batch in tight for row in batch) == list(range(len(lengths)))
+    for batch in tight:
+        padded, real = len(batch) * max(lengths[row] for row in batch), sum(lengths[row] for row in batch)
+        assert padded - real <= 0.1 * real
+        assert len(batch) == 1 or padded <= budget
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
