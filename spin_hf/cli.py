@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from .calibration import CalibrationResult
 from .explain.command import app as serve
 from .explain.command import report
-from .hub.command import push
+from .hub.command import keep_exit, push
 from .loading import (
     UserError,
     load_classifier,
@@ -116,6 +116,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there
 TextColumn = Annotated[list[str] | None, typer.Option(help="Column of the texts; twice for sentence pairs.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels.")]
 MinConfidence = Annotated[float | None, typer.Option(help="Abstain from texts of a lower confidence, 0 to 1.")]
+Exit = Annotated[int | None, typer.Option(help="Answer with this exit; see calibrate --exits.")]
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a classifier.")]
 Backbone = Annotated[str | None, typer.Option(help="Of a head-only classifier: the backbone's folder or Hub id.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the backbone's repository.")]
@@ -243,7 +244,7 @@ def predict(
     file: TextFile = None,
     text_column: TextColumn = None,
     min_confidence: MinConfidence = None,
-    exit: Annotated[int | None, typer.Option(help="Answer with this exit; see calibrate --exits.")] = None,
+    exit: Exit = None,
     batch_tokens: BatchTokens = 4096,
     device: Device = None,
     backbone: Backbone = None,
@@ -279,6 +280,7 @@ def explain(
     file: TextFile = None,
     text_column: TextColumn = None,
     label: Annotated[str | None, typer.Option(help="Explain this label instead of the answer.")] = None,
+    exit: Exit = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line instead of colours.")] = False,
     batch_tokens: BatchTokens = 4096,
     device: Device = None,
@@ -297,6 +299,7 @@ def explain(
         [first[i] for i in given],
         None if second is None else [second[i] for i in given],
         batch_tokens=batch_tokens,
+        exit=exit,
     )
     if label is not None:
         found.reading.label(label)
@@ -407,6 +410,7 @@ def demo(
 
 
 app.command()(_one_line_errors(push))
+app.command()(_one_line_errors(keep_exit))
 app.command()(_one_line_errors(report))
 app.command(name="app")(_one_line_errors(serve))
 
