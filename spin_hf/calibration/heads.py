@@ -88,15 +88,15 @@ class HeadFitter:
             )
         return found, skipped
 
-    def fit_tap(self, tap: Tap, pooling: str) -> tuple[float, int]:
-        """A dense head on all neurons of one tap: its score, and its number of features."""
+    def fit_tap(self, tap: Tap, pooling: str) -> tuple[float, np.ndarray]:
+        """A dense head on all neurons of one tap: its score, and its predictions of the evaluation rows."""
         features = torch.from_numpy(self.store.read(tap, pooling)).to(self.device)
         scores = []
         for rows, held_out in self.data.folds:
             x, _, _ = standardise(features, rows)
             scores.append([x[held_out] @ p.weight.T + p.intercept for p in self._ridge(x[rows], rows, None)])
-        score, _, _, _ = self._choose(scores)
-        return score, features.shape[1]
+        score, _, predictions, _ = self._choose(scores)
+        return score, predictions
 
     def fit_final(
         self, probes: Sequence[Probe], candidate: Candidate, tol: float, fold: int = -1
