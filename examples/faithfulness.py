@@ -236,6 +236,8 @@ def charts(found: dict[str, Any]) -> list[Chart]:
                 series=tuple(series),
             )
         )
+    if len({row["count"] for row in cut["rows"]}) < 2:  # one number of neurons is no curve
+        return made
     series = []
     for i, (kind, told) in enumerate(NEURONS.items()):
         for j, (reader, reads) in enumerate(READERS.items()):
