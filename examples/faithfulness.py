@@ -143,6 +143,8 @@ def neurons(model: Any, tokenizer: Any, splits: Any, options: Any) -> dict[str, 
     top = model.spin.depth
     every = salient_neurons(model, tokenizer, model.config.num_features)
     below = [neuron for neuron in every if int(neuron.tap.partition(".")[2]) < top]
+    if not below:
+        raise SystemExit("All neurons lie in the last block that runs. Calibrate with exits, which keep deeper ones.")
     taps = sorted({neuron.tap for neuron in below})
     sizes = {tap: own.mean(0) for tap, own in tap_means(model, tokenizer, train[0][:500], taps, sizes=True).items()}
     rows = []
