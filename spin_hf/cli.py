@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from .calibration import CalibrationResult
 from .explain.command import app as serve
 from .explain.command import report
-from .hub.command import push
+from .hub.command import keep_exit, push
 from .loading import (
     UserError,
     load_classifier,
@@ -121,6 +121,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there
 TextColumn = Annotated[list[str] | None, typer.Option(help="Column of the texts; twice for sentence pairs.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels.")]
 MinConfidence = Annotated[float | None, typer.Option(help="Abstain from texts of a lower confidence, 0 to 1.")]
+Exit = Annotated[int | None, typer.Option(help="Answer with this exit; see calibrate --exits.")]
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a classifier.")]
 Backbone = Annotated[str | None, typer.Option(help="Of a head-only classifier: the backbone's folder or Hub id.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the backbone's repository.")]
@@ -249,7 +250,7 @@ def predict(
     file: TextFile = None,
     text_column: TextColumn = None,
     min_confidence: MinConfidence = None,
-    exit: Annotated[int | None, typer.Option(help="Answer with this exit; see calibrate --exits.")] = None,
+    exit: Exit = None,
     batch_tokens: BatchTokens = 4096,
     device: Device = None,
     backbone: Backbone = None,
@@ -285,6 +286,7 @@ def explain(
     file: TextFile = None,
     text_column: TextColumn = None,
     label: Annotated[str | None, typer.Option(help="Explain this label instead of the answer.")] = None,
+    exit: Exit = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line instead of colours.")] = False,
     batch_tokens: BatchTokens = 4096,
     device: Device = None,
@@ -303,6 +305,7 @@ def explain(
         [first[i] for i in given],
         None if second is None else [second[i] for i in given],
         batch_tokens=batch_tokens,
+        exit=exit,
     )
     if label is not None:
         found.reading.label(label)
@@ -413,6 +416,7 @@ def demo(
 
 
 app.command()(_one_line_errors(push))
+app.command()(_one_line_errors(keep_exit))
 app.command()(_one_line_errors(report))
 app.command(name="app")(_one_line_errors(serve))
 

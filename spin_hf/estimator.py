@@ -46,6 +46,7 @@ _CALIBRATION = (  # parameters that go to spin_calibrate as they are
     "max_length",
     "windows",
     "overlap",
+    "exits",
     "batch_tokens",
     "cache_dir",
 )
@@ -74,6 +75,7 @@ class _SpinEstimator(BaseEstimator):
         max_length: int | None = None,
         windows: bool = False,
         overlap: int | None = None,
+        exits: bool = False,
         batch_tokens: int = 4096,
         cache_dir: str | Path | None = None,
         device: str | torch.device | None = None,
@@ -98,6 +100,7 @@ class _SpinEstimator(BaseEstimator):
         self.max_length = max_length
         self.windows = windows
         self.overlap = overlap
+        self.exits = exits
         self.batch_tokens = batch_tokens
         self.cache_dir = cache_dir
         self.device = device
@@ -209,8 +212,9 @@ class SpinClassifier(ClassifierMixin, _SpinEstimator):
         validation_fraction: that part.
         metric: as in ``spin_calibrate``; a function gets the labels as ``y`` has them.
         class_weight: ``"balanced"``, or weights by the labels of ``y`` (for several at once, by column or its name).
-        preset, prefer, kinds, poolings, Cs, etas, max_features, max_depth, max_length, windows, overlap, batch_tokens,
-            cache_dir: as in ``spin_calibrate``. With ``cache_dir`` a grid search over what is not read from the
+        preset, prefer, kinds, poolings, Cs, etas, max_features, max_depth, max_length, windows, overlap, exits,
+            batch_tokens, cache_dir: as in ``spin_calibrate``. With ``exits``, ``model_.keep_exit(0)`` has the fitted
+            estimator answer by that exit from then on. With ``cache_dir`` a grid search over what is not read from the
             backbone (Cs, etas, max_features, prefer) reads each fold's texts once.
         device: of the model; by default the best there is, or where a loaded model is.
         dtype: of the weights of a backbone that is loaded by name; as stored by default.

@@ -112,9 +112,9 @@ class SpinModel(SpinPreTrainedModel):
     @contextmanager
     def hooked(self, taps: Sequence[Tap]) -> Iterator[None]:
         """Have the hooks on these taps, instead of those that the kept neurons need, for the length of a context."""
+        hooks = attach(self.backbone, self.layout, taps)  # first: what it raises leaves the model as it was
         for hook in self._hooks:
             hook.remove()
-        hooks = attach(self.backbone, self.layout, taps)
         try:
             yield
         finally:

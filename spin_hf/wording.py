@@ -18,6 +18,7 @@ _ADVICE = tuple(
         (r"trust_remote_code=True to (this call|the call that loads the model)", "--trust-remote-code"),
         (r'from_pretrained\(\.\.\., backbone="folder, id or a loaded model"\)', "--backbone with its folder or Hub id"),
         (r"with backbone=,", "with --backbone,"),
+        (r' Replace it: text\.encode\(.*"replace"\)', " Replace it"),
         (r"Leave depths and max_depth out", "Leave --max-depth out"),
         (r"spin_calibrate\(\.\.\., windows=True, max_length=512\)", "--windows --max-length 512"),
         (r"windows=True", "--windows"),

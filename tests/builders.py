@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from spin_hf import SpinForSequenceClassification
+from spin_hf.exits import Exit
 from spin_hf.features import FeatureGroup
 from spin_hf.pooling import POOLINGS
 from spin_hf.taps import Tap, tap_width
@@ -196,6 +197,27 @@ def calibrated(
     weight, bias = torch.randn(labels, features, generator=generator), torch.randn(labels, generator=generator)
     spin.set_features(groups, mean, scale, depth=depth)
     model.set_head(weight / features**0.5, bias)
+    return model
+
+
+def with_exits(model: SpinForSequenceClassification, *, count: int = 5, seed: int = 1) -> SpinForSequenceClassification:
+    """Give a classifier random exits: two for each depth, the first of them with every other feature of the second."""
+    spin, generator = model.spin, torch.Generator().manual_seed(seed)
+    groups = []
+    for tap in sorted(spin.taps, key=lambda tap: (tap.block, tap.kind)):
+        for pooling in ("max", "mean"):
+            width = tap_width(spin.backbone, spin.layout, tap)
+            groups.append(FeatureGroup(tap, pooling, torch.randperm(width, generator=generator)[:count].sort().values))
+    blocks = torch.tensor([group.tap.block for group in groups for _ in group.neurons])
+    exits = []
+    for depth in range(1, spin.depth + 1):
+        for step in (2, 1):
+            columns = (blocks <= depth).nonzero()[:, 0][::step]
+            weight = torch.randn(model.config.num_labels, len(columns), generator=generator) / len(columns) ** 0.5
+            bias = torch.randn(model.config.num_labels, generator=generator)
+            exits.append(Exit(depth, 1 / step, 0.5, 1.0 + depth / 7, columns, weight, bias))
+    mean, scale = torch.randn(len(blocks), generator=generator), torch.rand(len(blocks), generator=generator) + 0.5
+    model.set_exits(groups, mean, scale, exits)
     return model
 
 

@@ -242,6 +242,17 @@ def test_exits(files, classifier, tmp_path, minilm_path):
     assert {entry["depth"] for entry in entries} <= {1, 2}
     answers = [run("predict", tmp_path / "out", "I love it.", "--exit", i).stdout for i in (0, len(entries) - 1)]
     assert answers[0] != answers[1]
+    first = json.loads(answers[0])
+    parts = json.loads(run("explain", tmp_path / "out", "I love it.", "--exit", 0, "--json").stdout)
+    assert parts["scores"] == pytest.approx(first["scores"], abs=1e-5)
+    kept = run("keep-exit", tmp_path / "out", "--exit", 0, "--out", tmp_path / "kept").stdout
+    assert f"{entries[0]['depth']} blocks, {entries[0]['num_features']:,} features" in kept
+    assert json.loads((tmp_path / "kept" / "config.json").read_text())["exits"] == []
+    assert json.loads(run("predict", tmp_path / "kept", "I love it.").stdout)["scores"] == first["scores"]
+    assert "whose other exits would be lost" in fails(
+        "keep-exit", tmp_path / "out", "--exit", 0, "--out", tmp_path / "out"
+    )
+    assert "--exit must be a number" in fails("keep-exit", tmp_path / "out", "--exit", -1, "--out", tmp_path / "no")
     line = fails("predict", tmp_path / "out", "I love it.", "--exit", len(entries))
     assert f"--exit must be a number from 0 to {len(entries) - 1}; got {len(entries)}." in line
     assert "config.json lists them" in line

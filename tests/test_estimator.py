@@ -21,6 +21,7 @@ from transformers import pipeline
 from spin_hf import SpinClassifier, SpinForSequenceClassification, SpinRegressor, spin_calibrate
 from spin_hf.calibration.errors import CalibrationError, LabelTypeError, OneClassError, UnknownLabelError
 from spin_hf.demo import load_split
+from spin_hf.prediction import predict
 
 QUICK = {"kinds": ["hidden"], "poolings": ["mean"], "Cs": 3, "etas": [1.0]}
 
@@ -63,6 +64,16 @@ def test_it_is_the_calibration(make, folder, data):
     assert fitted.result_.chosen == result.chosen
     assert torch.equal(fitted.model_.score.weight, model.score.weight)
     assert fitted.model_.config.id2label == {0: "bad", 1: "good"}
+
+
+def test_an_exit_can_be_kept(make, data):
+    X, y = data
+    fitted = make(exits=True, etas=[0.5, 1.0]).fit(X, y)
+    assert len(fitted.model_.config.exits) > 1
+    assert clone(fitted).exits is True
+    wanted = predict(fitted.model_, fitted.tokenizer_, X, exit=0).probabilities
+    fitted.model_.keep_exit(0)
+    np.testing.assert_array_equal(fitted.predict_proba(X), wanted)
 
 
 def test_predictions_agree_with_each_other(make, data):

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoModel, AutoTokenizer
 
 import spin_hf.demo
-from spin_hf import SpinForSequenceClassification
+from spin_hf import SpinForSequenceClassification, spin_calibrate
 from spin_hf.calibration import recipe
 
 ROOT = Path(__file__).parents[1]
@@ -256,3 +257,53 @@ def test_the_notebook_shows_what_a_kernel_printed():
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert len(text) < 200_000
     assert not re.search(r"/(home|usr|tmp|root)/", text)
+
+
+def test_faithfulness(run, tmp_path, minilm_path):
+    backbone = AutoModel.from_pretrained(minilm_path)
+    model = SpinForSequenceClassification.from_backbone(backbone, labels=["negative", "positive"])
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    rows = [row for row in spin_hf.demo.load_split("train") if row["label"] in ("complaint", "praise")]
+    data = [row["text"] for row in rows], [int(row["label"] == "praise") for row in rows]
+    options = {"kinds": ["ffn"], "Cs": 3, "etas": [0.9], "depths": [3, 4], "exits": True}
+    spin_calibrate(model, tokenizer, data, progress=False, **options)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    small = [
+        "--texts",
+        "4",
+        "--ablated",
+        "6",
+        "--train",
+        "20",
+        "--steps",
+        "2",
+        "--orders",
+        "1",
+        "--neurons",
+        "1",
+        "2",
+        "--draws",
+        "1",
+    ]
+    shown = run("faithfulness.py", tmp_path / "model", "--out", tmp_path / "out", *small, data="sst2")
+    found = json.loads((tmp_path / "out" / "faithfulness-minilm-sst2.json").read_text())
+    measures = found["words"]["measures"]["spin"]
+    assert numbers(lines_of(shown, "| SPIN's parts")[0])[0] == round(100 * measures["comprehensiveness"][0], 1)
+    assert [(row["count"], row["kind"]) for row in found["neurons"]["rows"]] == [
+        (count, kind) for count in (1, 2) for kind in ("salient", "random", "active")
+    ]
+    for chart in ("deletion", "insertion", "neurons"):
+        assert (tmp_path / "out" / f"faithfulness-minilm-sst2-{chart}.png").stat().st_size > 10_000
+
+
+def test_findings_are_the_tables_of_their_results():
+    """Every row of the page is in what ``--show`` prints of the stored results, but for its first cell."""
+    page = (EXAMPLES / "findings" / "faithfulness.md").read_text(encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        tables = runpy.run_path(str(EXAMPLES / "faithfulness.py"))["tables"]
+    stored = "".join(tables(json.loads(path.read_text())) for path in (EXAMPLES / "findings").glob("*.json"))
+    rows = [line.partition("|")[2].partition("|")[2] for line in page.splitlines() if "±" in line and line[0] == "|"]
+    assert len(rows) > 15
+    assert [row for row in rows if row not in stored] == []

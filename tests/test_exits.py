@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from builders import CONFIGS, calibrated, make_backbone, make_batch, make_tokenizer
+from builders import CONFIGS, calibrated, make_backbone, make_batch, make_tokenizer, with_exits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -18,32 +18,11 @@ from spin_hf.exits import Exit, ExitError, Exits
 from spin_hf.export import export_program
 from spin_hf.features import FeatureGroup
 from spin_hf.prediction import predict
-from spin_hf.taps import Tap, tap_width
+from spin_hf.taps import Tap
 from spin_hf.training import add_gates
 from spin_hf.windows import Windows
 
 LOW = [torch.bfloat16, torch.float16]
-
-
-def with_exits(model, *, count=5, seed=1):
-    """Give a classifier random exits: two for each depth, the first of them with every other feature of the second."""
-    spin, generator = model.spin, torch.Generator().manual_seed(seed)
-    groups = []
-    for tap in sorted(spin.taps, key=lambda tap: (tap.block, tap.kind)):
-        for pooling in ("max", "mean"):
-            width = tap_width(spin.backbone, spin.layout, tap)
-            groups.append(FeatureGroup(tap, pooling, torch.randperm(width, generator=generator)[:count].sort().values))
-    blocks = torch.tensor([group.tap.block for group in groups for _ in group.neurons])
-    exits = []
-    for depth in range(1, spin.depth + 1):
-        for step in (2, 1):
-            columns = (blocks <= depth).nonzero()[:, 0][::step]
-            weight = torch.randn(model.config.num_labels, len(columns), generator=generator) / len(columns) ** 0.5
-            bias = torch.randn(model.config.num_labels, generator=generator)
-            exits.append(Exit(depth, 1 / step, 0.5, 1.0 + depth / 7, columns, weight, bias))
-    mean, scale = torch.randn(len(blocks), generator=generator), torch.rand(len(blocks), generator=generator) + 0.5
-    model.set_exits(groups, mean, scale, exits)
-    return model
 
 
 def alone(model, number):

@@ -257,6 +257,7 @@ def spin_calibrate(
         best=choice.best,
         candidates=choice.candidates,
         baselines=choice.baselines,
+        intervals=choice.intervals,
         metric=task.metric_name,
         kept=tuple(model.config.features),
         data={

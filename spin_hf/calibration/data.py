@@ -14,6 +14,7 @@ from .errors import (
     ColumnError,
     EmptyDatasetError,
     EmptyTextError,
+    InvalidTextError,
     LabelTypeError,
     MissingLabelsError,
     OneClassError,
@@ -83,7 +84,8 @@ def read_rows(
         label_column: the label's column, likewise.
 
     Raises:
-        ColumnError, EmptyDatasetError, EmptyTextError, MissingLabelsError, SourceError, SplitError: as their names say.
+        ColumnError, EmptyDatasetError, EmptyTextError, InvalidTextError, MissingLabelsError, SourceError, SplitError:
+            as their names say.
     """
     if isinstance(source, tuple):
         text_column, label_column = None, None
@@ -296,6 +298,15 @@ def _texts(texts: list[Any], role: Role) -> list[str]:
         raise EmptyTextError(
             f"Row {wrong} of the {role} data has no text but {texts[wrong]!r} ({type(texts[wrong]).__name__})."
         )
+    for row, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidTextError(
+                f"Row {row} of the {role} data is no Unicode text: character {error.start} is {text[error.start]!r}, "
+                "one half of a surrogate pair, which no tokenizer reads. Replace it: "
+                'text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").'
+            ) from None
     return texts
 
 

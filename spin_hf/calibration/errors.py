@@ -52,6 +52,10 @@ class EmptyTextError(CalibrationError):
     """Nothing but empty texts, or texts that are not strings."""
 
 
+class InvalidTextError(CalibrationError):
+    """A string that is no Unicode text, since it holds one half of a surrogate pair; no tokenizer reads it."""
+
+
 class MissingLabelsError(CalibrationError):
     """Rows without a label, or a class without rows where rows are needed."""
 

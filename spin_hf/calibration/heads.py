@@ -89,16 +89,16 @@ class HeadFitter:
             )
         return found, skipped
 
-    def fit_tap(self, tap: Tap, pooling: str) -> tuple[float, int]:
-        """A dense head on all neurons of one tap: its score, and its number of features."""
+    def fit_tap(self, tap: Tap, pooling: str) -> tuple[float, np.ndarray]:
+        """A dense head on all neurons of one tap: its score, and its predictions of the evaluation rows."""
         features = torch.from_numpy(self.store.read(tap, pooling)).to(self.device)
         scores = []
         for rows, held_out in self.data.folds:
             x = empty(len(rows), features.shape[1], device=features.device)
             held, _, _ = standardise(features, rows, held_out, out=x)
             scores.append([held @ p.weight.T + p.intercept for p in self._ridge(x, rows, None)])
-        score, _, _, _ = self._choose(scores)
-        return score, features.shape[1]
+        score, _, predictions, _ = self._choose(scores)
+        return score, predictions
 
     def fit_final(
         self, probes: Sequence[Probe], candidate: Candidate, tol: float, fold: int = -1

@@ -16,10 +16,10 @@ from .losses import Loss
 
 _LENGTHS = (0.0, 1.0, 0.5, 0.25, 0.1, 0.03)
 _IN_A_ROW = 3  # jumps, while they are not of the whole length
-_ROUNDS = 30  # of leaving the weights at zero that came there
+_ROUNDS = 15  # of leaving the weights at zero that came there
 _SHARES = (0.0, 0.1, 0.3, 0.6)  # of the weights that would change their sign, to stop at
-_MOST_WEIGHTS = 16_384  # of a problem, and
-_MOST_VALUES = 2**30  # of its features' rows, for which a Hessian is made
+_MOST_WEIGHTS = 4096  # that jump together: more of them do so in turn
+_MOST_VALUES = 2**30  # of their features' rows, for which a Hessian is made
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ def jump(
         # Raising a feature's weights alike for all classes changes the penalty alone: it is least with one at zero.
         weight = weight - weight.median(1, keepdim=True).values
     for _ in range(_IN_A_ROW):
-        output, feature = penalty.support(weight).T.nonzero().unbind(1)
-        if not 0 < len(output) <= min(_MOST_WEIGHTS, _MOST_VALUES // len(x)):
-            break
-        weight, intercept, full = _step(x, y, s, loss, penalty, weight, intercept, output, feature)
-        if full:
+        done = True
+        for own in penalty.support(weight).T.nonzero().split(min(_MOST_WEIGHTS, max(1, _MOST_VALUES // len(x)))):
+            weight, intercept, full = _step(x, y, s, loss, penalty, weight, intercept, *own.unbind(1))
+            done = done and full
+        if done:
             break
     return weight, intercept
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,8 @@ class CalibrationResult:
         confidence: how far the probabilities can be trusted; ``None`` for regression.
         skipped: how many candidates were left out, since they have more than ``max_features``.
         exits: the heads that the model keeps beside the chosen one, by their numbers; see ``exits=True``.
+        intervals: of 95% for the scores of the baselines and of ``"SPIN"``, by a bootstrap over the evaluation rows;
+            empty in records of earlier versions.
     """
 
     chosen: Candidate
@@ -59,6 +61,7 @@ class CalibrationResult:
     confidence: Confidence | None = None
     skipped: int = 0
     exits: tuple[Candidate, ...] = ()
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def blocks(self) -> int:
@@ -163,7 +166,7 @@ class CalibrationResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, ready for JSON; predictions are left out."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         values["chosen"], values["best"] = _candidate_dict(self.chosen), _candidate_dict(self.best)
         values["candidates"] = [_candidate_dict(candidate) for candidate in self.candidates]
         values["exits"] = [_candidate_dict(candidate) for candidate in self.exits]
@@ -205,6 +208,7 @@ class CalibrationResult:
             values[name] = Candidate(**values[name])
         for name in ("candidates", "exits"):
             values[name] = tuple(Candidate(**value) for value in values.get(name, ()))
+        values["intervals"] = {name: (low, high) for name, (low, high) in values.get("intervals", {}).items()}
         values["kept"], values["probes"] = tuple(values["kept"]), tuple(values["probes"])
         if values.get("confidence") is not None:
             values["confidence"] = Confidence.from_dict(values["confidence"])

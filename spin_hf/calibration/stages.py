@@ -20,9 +20,10 @@ from .probes import Labelled, Place, Probe, fit_probes, in_groups
 from .progress import Show
 from .ranks import Ranks
 from .recipe import Recipe
+from .resampling import bootstrap_interval
 from .selection import Candidate, probe_candidate, read_features, smallest_within_error, winner
 from .store import FeatureStore
-from .task import Task
+from .task import METRICS, Task
 
 Fitted = tuple[Candidate, list[Probe]]
 
@@ -147,6 +148,7 @@ class Conclusion:
     best: Candidate
     candidates: tuple[Candidate, ...]
     baselines: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]  # of the baselines and "SPIN"
     confidence: Confidence | None
 
 
@@ -183,12 +185,20 @@ def conclude(
         best = final.candidate
     ranked = sorted((final.candidate if c is chosen else c for c in every), key=lambda c: c.rank)
     pooling = "mean" if "mean" in fitter.store.poolings else fitter.store.poolings[0]
-    within = [c.score for c in every if c.probe is not None] or [of_tap[0].score for of_tap in probes]
-    baselines = {f"last layer ({pooling})": fitter.fit_tap(last, pooling)[0], "best probe": max(within)}
+    within: list[Candidate | Probe] = [c for c in every if c.probe is not None] or [of_tap[0] for of_tap in probes]
+    probe = max(within, key=lambda each: each.score)
+    found = {f"last layer ({pooling})": fitter.fit_tap(last, pooling), "best probe": (probe.score, probe.predictions)}
+    baselines = {name: score for name, (score, _) in found.items()}
+    predictions = {name: own for name, (_, own) in found.items()} | {"SPIN": final.candidate.predictions}
+    rounds = 200 if fitter.data.task.metric_name not in METRICS else 1000  # a caller's function may be slow
+    bounds = {
+        name: bootstrap_interval(metric, truth, own, rounds=rounds, seed=seed) for name, own in predictions.items()
+    }
+    intervals = {name: between for name, between in bounds.items() if between is not None}
     confidence = None
     if fitter.data.task.problem_type != "regression":
         confidence = Confidence.measure(held_out_logits(fitter, chosen, tried, final, tol), truth, seed=seed)
-    return Conclusion(final, best, tuple(ranked), baselines, confidence)
+    return Conclusion(final, best, tuple(ranked), baselines, intervals, confidence)
 
 
 def held_out_logits(fitter: HeadFitter, chosen: Candidate, tried: list[Fitted], final: Final, tol: float) -> np.ndarray:

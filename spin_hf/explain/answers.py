@@ -95,12 +95,13 @@ class Answer:
             self.explanation.names,
         )
 
-    def change_html(self, depth: float, eta: float) -> str:
-        """What another depth and eta would say, beside what the classifier says, as HTML."""
+    def change_html(self, depth: float, eta: float, heat: Heat) -> str:
+        """What another depth and eta would say, beside what the classifier says, and by which words, as HTML."""
         return render_part(
             "answer.html.jinja",
             "change_of",
             step_at(self.steps, depth, eta),
+            heat,
             self.values,
             self._leading(),
             self.explanation.names,
@@ -176,6 +177,13 @@ class Answerer:
         row = predict(self.model, self.tokenizer, [text], second, min_confidence=min_confidence).row(0)
         (explanation,) = explain(self.model, self.tokenizer, [text], second)
         return Answer(explanation, row, self._steps(text, second), self.model.spin.depth)
+
+    def heat_at(self, answer: Answer, depth: float, eta: float, label: str) -> Heat:
+        """What the words of an answer's text add to a label by the exit that two sliders stand for."""
+        number = answer.steps.index(step_at(answer.steps, depth, eta))
+        text, pair = answer.explanation.text, answer.explanation.pair
+        (found,) = explain(self.model, self.tokenizer, [text], None if pair is None else [pair], exit=number)
+        return heat_of(found, label)
 
     @torch.no_grad()
     def _steps(self, text: str, second: list[str] | None) -> tuple[Step, ...]:

@@ -62,8 +62,10 @@ def app_of(answerer: Answerer, *, title: str) -> gradio.Blocks:
     def look(answer: Answer | None, label: str) -> list[Any]:
         return ["", ""] if answer is None else [answer.words_html(label), answer.layers_html(label)]
 
-    def change(answer: Answer | None, depth: float, eta: float) -> str:
-        return "" if answer is None else answer.change_html(depth, eta)
+    def change(answer: Answer | None, depth: float, eta: float, label: str) -> str:
+        if answer is None:
+            return ""
+        return answer.change_html(depth, eta, answerer.heat_at(answer, depth, eta, label))
 
     app: gradio.Blocks
     with library.Blocks(title=f"{title}: a SPIN classifier", analytics_enabled=False) as app:
@@ -101,9 +103,9 @@ def app_of(answerer: Answerer, *, title: str) -> gradio.Blocks:
             depth = library.Slider(depths[0], depths[-1], value=depths[-1], step=1, label="Blocks", elem_id="depth")
             eta = library.Slider(etas[0], etas[-1], value=etas[-1], step=0.05, label="Eta", elem_id="eta")
         less = library.HTML(elem_id="less", css_template=css)
-        reading.then(change, [answer, depth, eta], less)
-        for slider in (depth, eta):
-            slider.change(change, [answer, depth, eta], less, show_progress="hidden")
+        reading.then(change, [answer, depth, eta, label], less)
+        for moved in (depth.change, eta.change, label.input):
+            moved(change, [answer, depth, eta, label], less, show_progress="hidden")
     return app
 
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..exits import demand_exit
+from ..features import Selection
 from ..modeling_spin import SpinForSequenceClassification
 from ..parts import shifted_right
 from ..pooling import pool
@@ -46,17 +48,35 @@ class Attribution(NamedTuple):
     tokens: Tensor
 
 
-def effective_head(model: SpinForSequenceClassification) -> tuple[Tensor, Tensor]:
-    """Weight ``(num_features, labels)`` and base ``(labels,)`` of the logits in the standardised features.
+class Head(NamedTuple):
+    """A linear head and what it reads: the logits are base + standardised features @ weight.
 
     Gates and temperature are in them. In float64, where the device has it.
     """
-    weight = model.score.weight.detach()
+
+    selection: Selection
+    weight: Tensor  # (num_features, labels)
+    base: Tensor  # (labels,)
+
+
+def effective_head(model: SpinForSequenceClassification, exit: int | None = None) -> Head:
+    """The head that a classifier answers with, or that of one of its exits.
+
+    Raises:
+        ExitError: for an exit that there is not.
+    """
+    if exit is None:
+        selection = model.spin.standardizer.select(model.spin.groups)
+        weight, bias = model.score.weight.detach(), model.score.bias.detach()
+        temperature = model.config.logit_temperature
+        if model.gates is not None:
+            weight = weight.to(_exact(weight.device)) * model.gates.values().detach().to(_exact(weight.device))
+    else:
+        exits = demand_exit(model.exits, exit)
+        head, selection = exits.head(exit), exits.select(exit)
+        weight, bias, temperature = head.weight, head.bias, head.temperature
     kind = _exact(weight.device)
-    if model.gates is not None:
-        weight = weight.to(kind) * model.gates.values().detach().to(kind)
-    temperature = model.config.logit_temperature
-    return weight.T.to(kind) / temperature, model.score.bias.detach().to(kind) / temperature
+    return Head(selection, weight.T.to(kind) / temperature, bias.to(kind) / temperature)
 
 
 def starts_with_special(spin: SpinModel) -> bool:
@@ -67,6 +87,7 @@ def starts_with_special(spin: SpinModel) -> bool:
 @torch.no_grad()
 def attribute(
     spin: SpinModel,
+    selection: Selection,
     weight: Tensor | None,
     mask: Tensor,
     input_ids: Tensor,
@@ -78,7 +99,8 @@ def attribute(
 
     Args:
         spin: the model inside the classifier.
-        weight: of the head, see :func:`effective_head`; ``None`` leaves the contributions to each feature apart, which
+        selection: the neurons to read, see :func:`effective_head`.
+        weight: of the head on them; ``None`` leaves the contributions to each feature apart, which
             takes ``tokens x num_features`` numbers a text.
         mask, input_ids, token_type_ids: ``(texts, tokens)``, padded on the right.
         watch: sees the activations too.
@@ -88,11 +110,10 @@ def attribute(
     """
     windows = None if spin.config.windows is None else Windows(**spin.config.windows)
     plan = None if windows is None or mask.shape[1] <= windows.size else plan_windows(mask, windows)
-    spread = _Spread(spin, weight, mask, plan, watch)
-    poolings = {tap: [pooling for pooling, _, _ in parts] for tap, parts in spin.groups}
+    spread = _Spread(spin, selection, weight, mask, plan, watch)
+    poolings = {tap: [pooling for pooling, _ in parts] for tap, parts in selection.neurons}
     pooled = spin.pooled(poolings, spread.read, mask, input_ids, token_type_ids, windows=windows)
-    selection = spin.standardizer.select(spin.groups)
-    features = selection.standardise([part for tap, _ in spin.groups for part in pooled[tap]])
+    features = selection.standardise([part for tap, _ in selection.neurons for part in pooled[tap]])
     spread.settle(pooled)
     return Attribution(features, spread.by_place())
 
@@ -113,12 +134,25 @@ class _Spread:
     """
 
     def __init__(
-        self, spin: SpinModel, weight: Tensor | None, mask: Tensor, plan: WindowPlan | None, watch: Watch | None
+        self,
+        spin: SpinModel,
+        selection: Selection,
+        weight: Tensor | None,
+        mask: Tensor,
+        plan: WindowPlan | None,
+        watch: Watch | None,
     ) -> None:
         self.spin, self.weight, self.mask, self.plan, self.watch = spin, weight, mask, plan, watch
-        self.device = spin.standardizer.mean.device
+        self.mean, self.scale = selection.mean, selection.scale
+        self.device = self.mean.device
         self.exact = _exact(self.device)
-        self.parts_of = dict(spin.groups)
+        self.parts_of: dict[Tap, list[tuple[str, Tensor, slice]]] = {}  # with their place among the features
+        start = 0
+        for tap, parts in selection.neurons:
+            for pooling, neurons in parts:
+                own = slice(start, start + len(neurons))
+                self.parts_of.setdefault(tap, []).append((pooling, neurons, own))
+                start = own.stop
         self.text = torch.arange(len(mask), device=mask.device) if plan is None else plan.text[:, 0]
         self.lengths = mask.sum(1).clamp_min(1)
         self.seen: dict[Tap, int] = {}
@@ -140,14 +174,14 @@ class _Spread:
             self.watch(tap, values, mask, self._places(self._in_decoder(tap))[rows])
         found = []
         with torch.autocast(values.device.type, enabled=False):
-            for index, (pooling, start, stop) in enumerate(self.parts_of[tap]):
-                kept = values.index_select(-1, self.spin.standardizer.neurons[start:stop].to(values.device))
+            for index, (pooling, neurons, own) in enumerate(self.parts_of[tap]):
+                kept = values.index_select(-1, neurons.to(values.device))
                 pooled = pool(kept, mask, [pooling])[:, 0]
                 if pooling == "mean":
-                    mean = self.spin.standardizer.mean[start:stop].to(values.device, _exact(values.device))
+                    mean = self.mean[own].to(values.device, _exact(values.device))
                     lengths = self.lengths[self.text[rows]].to(values.device)
                     parts = (kept - mean).masked_fill(~mask[..., None], 0.0) / lengths[:, None, None]
-                    self._add(tap, rows, start, stop, parts)
+                    self._add(tap, rows, own, parts)
                 else:
                     attained = _attained(kept, pooled, mask, pooling)
                     self.kept.setdefault((tap, index), []).append(_Kept(rows, attained, pooled))
@@ -157,17 +191,17 @@ class _Spread:
     def settle(self, pooled: dict[Tap, list[Tensor]]) -> None:
         """Give the tokens that were kept their shares of the texts' pooled values ``(texts, neurons)``."""
         for (tap, index), kept in self.kept.items():
-            pooling, start, stop = self.parts_of[tap][index]
+            pooling, _, own = self.parts_of[tap][index]
             value = pooled[tap][index]
             counts = [self._counting(part, value, pooling) for part in kept]
             ties = torch.zeros(len(value), counts[0].shape[-1], dtype=self.exact, device=self.device)
             for part, counted in zip(kept, counts, strict=True):
                 number = counted.sum(1).to(self.device, self.exact)
                 ties.index_add_(0, self.text[part.rows].to(self.device), number)
-            share = (value.to(self.exact) - self.spin.standardizer.mean[start:stop]) / ties.clamp_min(1)
+            share = (value.to(self.exact) - self.mean[own]) / ties.clamp_min(1)
             for part, counted in zip(kept, counts, strict=True):
-                own = share[self.text[part.rows].to(self.device)][:, None].to(counted.device)
-                self._add(tap, part.rows, start, stop, counted * own)
+                each = share[self.text[part.rows].to(self.device)][:, None].to(counted.device)
+                self._add(tap, part.rows, own, counted * each)
         self.kept.clear()
 
     def by_place(self) -> Tensor:
@@ -212,17 +246,17 @@ class _Spread:
         own = number == (last if pooling == "last" else last + 1 - self.plan.counts[text])
         return part.attained & own[:, None, None].to(part.attained.device)
 
-    def _add(self, tap: Tap, rows: slice, start: int, stop: int, parts: Tensor) -> None:
+    def _add(self, tap: Tap, rows: slice, own: slice, parts: Tensor) -> None:
         """Add ``(rows, tokens, neurons)`` of differences from the mean, through the head or as they are."""
-        scale = self.spin.standardizer.scale[start:stop].to(parts)
-        parts = parts / scale if self.weight is None else parts @ (self.weight[start:stop].to(parts) / scale[:, None])
+        scale = self.scale[own].to(parts)
+        parts = parts / scale if self.weight is None else parts @ (self.weight[own].to(parts) / scale[:, None])
         decoder = self._in_decoder(tap)
-        width = self.spin.config.num_features if self.weight is None else self.weight.shape[1]
+        width = len(self.mean) if self.weight is None else self.weight.shape[1]
         if decoder not in self.totals:
             shape = (len(self.text), parts.shape[1], width)
             self.totals[decoder] = torch.zeros(shape, dtype=self.exact, device=self.device)
         total = self.totals[decoder][rows]
-        (total[..., start:stop] if self.weight is None else total).add_(parts.to(self.device, self.exact))
+        (total[..., own] if self.weight is None else total).add_(parts.to(self.device, self.exact))
 
 
 def _attained(values: Tensor, pooled: Tensor, mask: Tensor, pooling: str) -> Tensor:

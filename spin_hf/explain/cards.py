@@ -186,13 +186,14 @@ def neuron_cards(
     if len(texts) < 2:
         raise CalibrationError("One text says nothing of where a neuron is high. Give a few hundred.")
     model.eval()
-    reading, weight = read_head(model, tokenizer)
+    reading, head = read_head(model, tokenizer)
     of_label = None if labels is None else _indicators(labels, reading, len(texts))
     neurons, of_feature = reading.group("neuron")
     features = np.empty((len(texts), len(of_feature)), dtype=np.float32)
     best = _Extremes(model, tokenizer, neurons, count)
     for rows, inputs in input_batches(model, tokenizer, encoded, batch_tokens):
-        features[rows] = attribute(model.spin, weight, *inputs, watch=best.watch(rows, *inputs[:2])).features.cpu()
+        watch = best.watch(rows, *inputs[:2])
+        features[rows] = attribute(model.spin, head.selection, head.weight, *inputs, watch=watch).features.cpu()
     examples = best.examples(encoded, texts, pairs)
     effects = np.stack([_effects(features, of_feature, column, len(neurons)) for column in _centred(reading).T], 1)
     sizes = np.abs(effects)

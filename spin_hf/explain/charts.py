@@ -103,6 +103,7 @@ class Grid:
         values: ``rows x columns`` numbers; ``None`` for none.
         value_title: what the numbers are.
         numbered: also write the numbers into the cells.
+        digits: behind the point.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Grid:
     values: tuple[tuple[float | None, ...], ...]
     value_title: str
     numbered: bool = True
+    digits: int = 0
 
     def table(self) -> tuple[tuple[str, ...], Iterator[tuple[Value, ...]]]:
         """Head and rows of the same facts; of many columns only the cells that hold something."""

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .cards import NeuronCards
 from .charts import Chart, Figure, Grid, Series
 from .evaluation import REGRESSION, SINGLE, Evaluated
 from .record_charts import reliability_chart
 
 _MOST_POINTS = 2000
+_MOST_PAIRS = 1600
 
 
 def confusion_grid(names: Sequence[str], counts: Sequence[Sequence[int]], *, rows: int, of: str) -> Grid:
@@ -26,6 +28,28 @@ def confusion_grid(names: Sequence[str], counts: Sequence[Sequence[int]], *, row
         rows=tuple(names),
         values=tuple(tuple(int(count) or None for count in row) for row in counts),
         value_title="texts",
+    )
+
+
+def overlap_grid(cards: NeuronCards) -> Grid | None:
+    """How many neurons two labels share; nothing where all share all, as two labels do that one column tells apart."""
+    shares = np.where(np.eye(len(cards.names), dtype=bool), np.nan, cards.overlap)
+    if not (shares < 1).any():
+        return None
+    if np.isfinite(shares).sum() > _MOST_PAIRS:  # twice each pair
+        shares[~(shares >= np.sort(shares[np.isfinite(shares)])[-_MOST_PAIRS])] = np.nan
+    return Grid(
+        name="overlap",
+        title="Which labels are served by the same neurons",
+        about=f"Of the neurons that make up {cards.eta:.0%} of what moves either of two labels, the share that moves "
+        f"both, on {cards.texts:,} texts." + (" Of many labels the largest are shown." if len(shares) > 40 else ""),
+        x_title="label",
+        y_title="label",
+        columns=cards.names,
+        rows=cards.names,
+        values=tuple(tuple(round(share, 2) if share == share else None for share in row) for row in shares.tolist()),
+        value_title="share of the neurons in common",
+        digits=2,
     )
 
 

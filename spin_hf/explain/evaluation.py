@@ -16,13 +16,14 @@ from ..calibration.task import METRICS, metric_title
 from ..modeling_spin import SpinForSequenceClassification
 from ..prediction import Prediction, evaluate
 from ..scoring import predict_rows
-from .cards import NeuronCard, neuron_cards
+from .cards import NeuronCard, NeuronCards, neuron_cards
 from .explaining import explain
 from .heat import Heat, heat_of
 from .page import LONGEST
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-_MOST_CARDS = 12
+MOST_CARDS = 12  # that are shown; groups and overlaps are those of all neurons
+_MOST_GROUPS = 12
 _MOST_READ = 2000  # texts that the cards are made from
 _CONTEXTS = 3  # of a neuron where it is high, and where it is low
 MOST_CELLS = 400  # of a confusion matrix, whose texts are shown
@@ -84,6 +85,15 @@ class LabelRow:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Neurons whose values correlate, the heaviest first, and their share of all effects."""
+
+    number: int
+    cards: tuple[NeuronCard, ...]
+    share: float
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """Labelled texts with a classifier's answers.
 
@@ -93,7 +103,7 @@ class Evaluated:
         labels: as :mod:`spin_hf` encodes them.
         prediction: of the same rows.
         heat: of the rows that a report shows, what each word adds to the answer.
-        cards: of the neurons that move the answers most.
+        cards: of the neurons; ``None`` for fewer than two texts.
     """
 
     name: str
@@ -102,7 +112,7 @@ class Evaluated:
     labels: np.ndarray
     prediction: Prediction
     heat: Mapping[int, Heat] = field(default_factory=dict)
-    cards: tuple[NeuronCard, ...] = ()
+    cards: NeuronCards | None = None
 
     @classmethod
     def of(
@@ -127,9 +137,9 @@ class Evaluated:
         heat = {row: heat_of(own, own.label, longest=LONGEST) for row, own in zip(shown, found, strict=True)}
         read = slice(_MOST_READ)
         second = None if rows.pairs is None else rows.pairs[read]
-        cards: tuple[NeuronCard, ...] = ()
+        cards = None
         if len(rows.texts) > 1:
-            cards = neuron_cards(model, tokenizer, rows.texts[read], second, count=_CONTEXTS)[:_MOST_CARDS]
+            cards = neuron_cards(model, tokenizer, rows.texts[read], second, count=_CONTEXTS)
         return replace(plain, heat=heat, cards=cards)
 
     @property
@@ -171,6 +181,17 @@ class Evaluated:
         if metric not in METRICS:
             return None
         return bootstrap_interval(METRICS[metric][0], self.labels, self.prediction.labels, seed=seed)
+
+    def groups(self) -> list[Group]:
+        """The neurons that say the same as others, the groups of the largest share first."""
+        if self.cards is None:
+            return []
+        found = []
+        for number, members in enumerate(self.cards.groups):
+            if len(members) > 1:
+                own = tuple(self.cards[i] for i in members)
+                found.append(Group(number, own, sum(card.share for card in own)))
+        return sorted(found, key=lambda group: -group.share)[:_MOST_GROUPS]
 
     def reliability(self) -> Reliability | None:
         """How far the probabilities hold on these texts; ``None`` for regression."""

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..calibration.errors import demand_whole
 from ..calibration.extraction import Encoded, pad, plan_batches
+from ..exits import demand_exit
 from ..modeling_spin import SpinForSequenceClassification
 from ..prediction import encode_for, probabilities_of
 from ..taps import model_device
-from .attribution import ExplanationError, attribute, effective_head, starts_with_special
+from .attribution import ExplanationError, Head, attribute, effective_head, starts_with_special
 from .result import Explanation, Explanations, Feature, Reading
 from .words import Piece, pieces_of, tokenized
 
@@ -28,6 +29,7 @@ def explain(
     pairs: Sequence[str] | None = None,
     *,
     batch_tokens: int = 4096,
+    exit: int | None = None,
 ) -> Explanations:
     """Split each logit of some texts into what their words, and the model's blocks and neurons, add to it.
 
@@ -43,12 +45,14 @@ def explain(
         texts: the texts.
         pairs: second texts, for sentence pairs.
         batch_tokens: padded tokens per batch.
+        exit: split the logits of this one of ``model.config.exits``, see ``spin_calibrate(..., exits=True)``.
 
     Returns:
         An :class:`Explanation` for each text.
 
     Raises:
         CalibrationError: one of its kinds, for texts, options or a tokenizer that don't fit, before any work.
+        ExitError: for an exit that there is not, likewise.
         NotCalibratedError: likewise.
         ExplanationError: for a backbone that works on other positions than its tokens, and where the parts miss a logit
             by more than 1e-4 of it, or of 1.
@@ -57,15 +61,15 @@ def explain(
     encoded = encode_for(model, tokenizer, texts, pairs)
     texts, pairs = list(texts), None if pairs is None else list(pairs)
     model.eval()
-    reading, weight = read_head(model, tokenizer)
+    reading, head = read_head(model, tokenizer, exit)
     logits = np.empty((len(encoded.lengths), len(reading.names)), dtype=np.float32)
     features = np.empty((len(logits), len(reading.features)), dtype=np.float32)
     parts: dict[int, np.ndarray] = {}
     for rows, inputs in input_batches(model, tokenizer, encoded, batch_tokens):
-        read, added = attribute(model.spin, weight, *inputs)
+        read, added = attribute(model.spin, head.selection, head.weight, *inputs)
         features[rows] = read.cpu().numpy()
         with torch.no_grad():
-            logits[rows] = model(features=read).logits.cpu().numpy()
+            logits[rows] = _answer(model, read, exit).cpu().numpy()
         for row, own in zip(rows, added.cpu().double().numpy(), strict=True):
             parts[row] = _in_order(model, own, encoded.lengths[row])
     error = max(
@@ -94,7 +98,12 @@ def explain(
 
 
 def token_features(
-    model: SpinForSequenceClassification, tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None = None
+    model: SpinForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    pair: str | None = None,
+    *,
+    exit: int | None = None,
 ) -> np.ndarray:
     """What each token of one text adds to each feature.
 
@@ -104,31 +113,34 @@ def token_features(
     Args:
         model, tokenizer: as in :func:`explain`.
         text, pair: the text, and the second one of a pair.
+        exit: the features of this exit.
 
     Returns:
         ``(tokens, num_features)`` in standard deviations of the feature, in the order of ``Explanation.tokens``.
 
     Raises:
-        CalibrationError, ExplanationError, NotCalibratedError: as :func:`explain` does.
+        CalibrationError, ExitError, ExplanationError, NotCalibratedError: as :func:`explain` does.
     """
     encoded = encode_for(model, tokenizer, [text], None if pair is None else [pair])
     model.eval()
     ((_, inputs),) = input_batches(model, tokenizer, encoded, 1)
-    _, added = attribute(model.spin, None, *inputs)
+    _, added = attribute(model.spin, effective_head(model, exit).selection, None, *inputs)
     return _in_order(model, added[0].cpu().double().numpy(), encoded.lengths[0])
 
 
-def read_head(model: SpinForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> tuple[Reading, Tensor]:
-    """What all explanations of a classifier share, and its weight on the model's device."""
-    weight, base = effective_head(model)
+def read_head(
+    model: SpinForSequenceClassification, tokenizer: PreTrainedTokenizerBase, exit: int | None = None
+) -> tuple[Reading, Head]:
+    """What all explanations of a classifier, or of one of its exits, share; and the head on the model's device."""
+    head = effective_head(model, exit)
     features = tuple(
         Feature(str(group.tap), neuron, group.pooling)
-        for group in model.spin.feature_groups()
+        for group in head.selection.groups()
         for neuron in group.neurons.tolist()
     )
     names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
-    arrays = base.cpu().double().numpy(), features, weight.cpu().double().numpy()
-    return Reading(names, str(model.config.problem_type), *arrays, bool(tokenizer.is_fast)), weight
+    arrays = head.base.cpu().double().numpy(), features, head.weight.cpu().double().numpy()
+    return Reading(names, str(model.config.problem_type), *arrays, bool(tokenizer.is_fast)), head
 
 
 def input_batches(
@@ -141,6 +153,15 @@ def input_batches(
         ids = pad([encoded.input_ids[row] for row in rows], int(tokenizer.pad_token_id)).to(device)
         types = encoded.token_type_ids
         yield rows, (mask, ids, None if types is None else pad([types[row] for row in rows], 0).to(device))
+
+
+def _answer(model: SpinForSequenceClassification, features: Tensor, exit: int | None) -> Tensor:
+    """The logits by the model's own code, which the parts are measured against."""
+    if exit is None:
+        logits: Tensor = model(features=features).logits
+        return logits
+    head = demand_exit(model.exits, exit).head(exit)
+    return head.forward(features)
 
 
 def _in_order(model: SpinForSequenceClassification, added: np.ndarray, length: int) -> np.ndarray:

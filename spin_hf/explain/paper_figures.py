@@ -123,7 +123,7 @@ def _draw_grid(picture: Picture, axes: Axes, grid: Grid) -> None:
             for j, value in enumerate(row):
                 if value == value:  # no number in a gap
                     colour = "white" if value > middle else "black"
-                    axes.text(j, i, f"{value:,.0f}", ha="center", va="center", color=colour, fontsize=8)
+                    axes.text(j, i, f"{value:,.{grid.digits}f}", ha="center", va="center", color=colour, fontsize=8)
 
 
 def _text(text: str) -> str:

@@ -99,6 +99,7 @@ def _level(chart: Chart, index: int) -> dict[str, Any]:
 
 def _grid(grid: Grid) -> dict[str, Any]:
     names = [[escape(_cut(name)) for name in axis] for axis in (grid.columns, grid.rows)]
+    number = f"%{{z:,.{grid.digits}f}}"
     trace: dict[str, Any] = {
         "type": "heatmap",
         "x": list(range(len(grid.columns))),
@@ -108,7 +109,7 @@ def _grid(grid: Grid) -> dict[str, Any]:
             [f"{escape(grid.y_title)} {row}<br>{escape(grid.x_title)} {column}" for column in names[0]]
             for row in names[1]
         ],
-        "hovertemplate": f"%{{hovertext}}<br>{escape(grid.value_title)} %{{z:,}}<extra></extra>",
+        "hovertemplate": f"%{{hovertext}}<br>{escape(grid.value_title)} {number}<extra></extra>",
         "hoverongaps": False,
         "meta": {"colour": "scale"},
         "xgap": 1,
@@ -121,7 +122,7 @@ def _grid(grid: Grid) -> dict[str, Any]:
         del trace["hovertext"]
         trace.update(x=_distinct(names[0]), y=_distinct(names[1]))
         trace["hovertemplate"] = (
-            f"{escape(grid.y_title)} %{{y}}<br>{escape(grid.x_title)} %{{x}}<br>{escape(grid.value_title)} %{{z:,}}"
+            f"{escape(grid.y_title)} %{{y}}<br>{escape(grid.x_title)} %{{x}}<br>{escape(grid.value_title)} {number}"
             "<extra></extra>"
         )
         x_ticks: dict[str, Any] = {"type": "category"}
@@ -131,7 +132,7 @@ def _grid(grid: Grid) -> dict[str, Any]:
             {"tickmode": "array", "tickvals": list(range(len(axis))), "ticktext": axis} for axis in names
         )
         if grid.numbered and len(grid.columns) <= _NARROW:
-            trace["texttemplate"] = "%{z:,}"
+            trace["texttemplate"] = number
     return {
         "data": [trace],
         "layout": {

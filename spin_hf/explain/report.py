@@ -9,17 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..calibration import CalibrationResult
 from ..calibration.errors import CalibrationError
-from ..calibration.resampling import share_interval
-from ..calibration.task import metric_title
+from ..calibration.resampling import bootstrap_interval, share_interval
+from ..calibration.task import METRICS, metric_title
 from ..modeling_spin import SpinForSequenceClassification
 from . import record_charts as record
 from .charts import Figure
-from .data_charts import confusion_grid, mistakes, trust
-from .evaluation import MOST_CELLS, MULTI, SINGLE, Evaluated, Score
+from .data_charts import confusion_grid, mistakes, overlap_grid, trust
+from .evaluation import MOST_CARDS, MOST_CELLS, MULTI, SINGLE, Evaluated, Score
 from .page import render
 from .plotly_json import plotly_json
 
@@ -103,7 +104,8 @@ class Report:
             trust_charts=self._charts["trust"],
             cost_charts=self._charts["costs"],
             first=self.first,
-            cards=self.first.cards if self.first else (),
+            cards=self.first.cards[:MOST_CARDS] if self.first and self.first.cards else (),
+            groups=self.first.groups() if self.first else [],
             no_cards=None if self.first else self._missing("Texts that excite the neurons are not in the record."),
             heat=self.first.heat if self.first else {},
             label_names=self.first.names if self.first else (),
@@ -146,7 +148,7 @@ class Report:
             believed.append(record.coverage(result.confidence))
         found: dict[str, list[Figure | None]] = {
             "layers": [*layers],
-            "neurons": [record.kept_by_block(result)],
+            "neurons": [record.kept_by_block(result), overlap_grid(first.cards) if first and first.cards else None],
             "mistakes": [*wrong],
             "trust": [*believed],
             "costs": [record.seconds(result)],
@@ -178,23 +180,35 @@ class Report:
             "score there flatters."
         )
 
-    def _interval(self, metric: str, score: float, rows: int) -> tuple[float, float] | None:
-        """Of shares alone: other metrics need the predictions, which no record keeps."""
-        return share_interval(score, rows) if metric == "accuracy" else None
+    def _validation_interval(self, name: str, score: float) -> tuple[float, float] | None:
+        """As the record has it; Wilson's for a share."""
+        if self.result.metric == "accuracy":
+            return share_interval(score, self.result.data["eval_rows"])
+        return self.result.intervals.get(name)
+
+    def _test_interval(self, metric: str, score: float) -> tuple[float, float] | None:
+        """Wilson's for a share; a bootstrap over the rows, which a confusion matrix holds, for what follows from it."""
+        test = self.test or {}
+        if metric == "accuracy":
+            return share_interval(score, test["rows"])
+        if metric not in METRICS or not test.get("confusion_matrix"):
+            return None
+        counts = np.array(test["confusion_matrix"])
+        true, given = (np.repeat(places.ravel(), counts.ravel()) for places in np.indices(counts.shape))
+        return bootstrap_interval(METRICS[metric][0], true, given)
 
     def _rows(self) -> Iterator[Row]:
         result, chosen = self.result, self.result.chosen
         on, rows, metric = result.data["evaluated"], result.data["eval_rows"], result.metric
         for name, value in result.baselines.items():
-            yield Row(on, name, Score(on, rows, metric_title(metric), value, self._interval(metric, value, rows)))
-        interval = self._interval(metric, chosen.score, rows)
+            yield Row(on, name, Score(on, rows, metric_title(metric), value, self._validation_interval(name, value)))
+        interval = self._validation_interval("SPIN", chosen.score)
         score = Score(on, rows, metric_title(metric), chosen.score, interval, self._neurons, chosen.depth)
         yield Row(on, "SPIN", score, strong=True)
         if self.test:
             for name, value in self.test.items():
                 if isinstance(value, float):
-                    n = self.test["rows"]
-                    interval = self._interval(name, value, n)
+                    n, interval = self.test["rows"], self._test_interval(name, value)
                     score = Score("test", n, metric_title(name), value, interval, self._neurons, chosen.depth)
                     yield Row("test", "SPIN", score, strong=name == metric)
         for evaluated in self.evaluated:

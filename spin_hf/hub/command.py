@@ -1,4 +1,4 @@
-"""``spin-hf push``."""
+"""``spin-hf push`` and ``spin-hf keep-exit``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ..exits import demand_exit
+from ..loading import UserError, load_classifier
 from .folder import Form
 
 
@@ -50,3 +52,27 @@ def push(
         trust_remote_code=trust_remote_code,
     )
     typer.echo(f"Pushed {folder}: {commit.commit_url}")
+
+
+def keep_exit(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a classifier that was calibrated with --exits.")],
+    exit: Annotated[int, typer.Option(help="Its number in the classifier's config.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new classifier.")],
+    backbone: Annotated[str | None, typer.Option(help="Of a head-only classifier: its backbone.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code from the backbone's repository.")
+    ] = False,
+) -> None:
+    """Make an ordinary classifier of one exit: its head alone, and the blocks that it needs."""
+    if Path(model).is_dir() and Path(model).resolve() == out.resolve():
+        raise UserError(f"--out {out} is the classifier itself, whose other exits would be lost. Name another folder.")
+    classifier, tokenizer = load_classifier(model, "cpu", trust_remote_code, backbone)
+    demand_exit(classifier.exits, exit)
+    entry = classifier.config.exits[exit]
+    classifier.keep_exit(exit)
+    classifier.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    typer.echo(
+        f"Saved exit {exit} to {out}: {entry['depth']} blocks, {entry['num_features']:,} features, "
+        f"{entry['score']:.4f} on the validation texts. The record of the calibration stays with {model}."
+    )

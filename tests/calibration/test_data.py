@@ -12,6 +12,7 @@ from spin_hf.calibration.errors import (
     ColumnError,
     EmptyDatasetError,
     EmptyTextError,
+    InvalidTextError,
     LabelTypeError,
     MissingLabelsError,
     OneClassError,
@@ -178,6 +179,16 @@ def test_texts_without_labels():
 def test_columns_that_are_not_there(source, options, message):
     with pytest.raises(ColumnError, match=message):
         read_rows(source, "train", **options)
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    whole = "good \U0001f600 film"
+    assert read_texts({"text": [whole]})[0] == [whole]
+    for source in ({"text": ["good", "a \ud83d"]}, {"text": ["a", "b"], "text_pair": ["good", "a \ud83d"]}):
+        with pytest.raises(InvalidTextError, match=r"Row 1 of the input data .* character 2 is '\\ud83d'"):
+            read_texts(source)
+        with pytest.raises(InvalidTextError, match="Row 1 of the train data"):
+            read_rows({**source, "label": [0, 1]}, "train")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,15 @@ def test_the_blocks_and_the_words_add_up_to_the_logit(answer):
         assert float(last) == pytest.approx(heat.logit, abs=0.006)
 
 
+def test_the_words_at_a_depth_and_eta_are_those_of_its_exit(answerer, answer):
+    for number, step in enumerate(answer.steps):
+        heat = answerer.heat_at(answer, step.depth, step.eta, "good")
+        (own,) = explain(answerer.model, answerer.tokenizer, [TEXT], exit=number)
+        assert heat == heat_of(own, "good")
+        logits = predict(answerer.model, answerer.tokenizer, [TEXT], exit=number).logits
+        assert heat.logit == pytest.approx(logits[0, 1], abs=1e-5)
+
+
 def test_the_parts_of_a_text_are_the_text(answerer):
     texts = [TEXT, "  good \n\t film  ", "فيلم good 👩‍👩‍👧 \x00", "x"]
     for text, own in zip(texts, explain(answerer.model, answerer.tokenizer, texts), strict=True):
@@ -65,7 +74,7 @@ def test_the_parts_of_a_text_are_the_text(answerer):
 
 
 def test_html_is_escaped(answer):
-    for html in (answer.words_html("good"), answer.layers_html("good"), answer.change_html(3, 1.0)):
+    for html in (answer.words_html("good"), answer.layers_html("good"), answer.change_html(3, 1.0, answer.heat("bad"))):
         assert "<b>" not in html
     assert "&lt;" in answer.words_html("good")
 
@@ -101,7 +110,7 @@ def test_numbers_pairs_and_several_labels(make):
     answer = Answerer(numbers.model, numbers.tokenizer).answer(TEXT)
     assert answer.headline == f"{answer.values[0]:.4g}"
     assert f"{answer.steps[-1].values[0]:.4g}" in answer.layers_html("value")
-    assert '<th scope="row">value</th>' in answer.change_html(1, 0.5)
+    assert '<th scope="row">value</th>' in answer.change_html(1, 0.5, answer.heat("value"))
 
     several = {**source, "label": [["good", "fine"] if x else ["bad"] for x in source["label"]]}
     made = make(several, problem_type="multi_label_classification", labels=["bad", "good", "fine"])

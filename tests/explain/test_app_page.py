@@ -77,6 +77,10 @@ def test_type_click_move_and_read(serve, open_page, with_exits):
     page.wait_for_selector(f"#less [data-depth='{first}']")
     step = step_at(wanted.steps, first, answerer.etas[-1])
     assert f"{step.neurons:,} neurons" in page.locator("#less").text_content()
+    assert page.locator("#less .text").text_content().strip() == TEXT
+    heat = answerer.heat_at(wanted, first, answerer.etas[-1], wanted.label)
+    titles = [part.told for part in heat.texts[0] if part.told]
+    assert [word.get_attribute("title") for word in page.locator("#less .word").all()] == titles
     numbers = re.findall(r"\d\.\d\d", page.locator("#less tbody tr td:nth-child(2)").first.text_content())
     assert float(numbers[0]) == pytest.approx(max(step.values[wanted.values.index(max(wanted.values))], 0), abs=0.006)
     assert page.elsewhere == []

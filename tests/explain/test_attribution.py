@@ -1,14 +1,17 @@
 """The parts of a logit: they sum to it, and each is what a loop over tokens, neurons and labels gives."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from builders import CONFIGS, GOOD, SIZE, VOCABULARY, calibrated, make_backbone, make_tokenizer
+from builders import CONFIGS, GOOD, SIZE, VOCABULARY, calibrated, make_backbone, make_tokenizer, with_exits
 from census.checks import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import T5Model
 
+from spin_hf.exits import ExitError
 from spin_hf.explain import ExplanationError, explain, token_features
 from spin_hf.gates import Gates
 from spin_hf.modeling_spin import FeatureGroup
@@ -108,6 +111,35 @@ def test_every_view_sums_to_the_logits(problem, view, tokenizer):
         np.testing.assert_allclose(row.base + part.values.sum(0), known.logits[i], rtol=1e-4, atol=1e-4)
         assert len(part.keys) == len(set(part.keys)) == len(part.values)
         np.testing.assert_allclose(part.shares.sum(0), 1)
+
+
+@pytest.mark.parametrize("windows", [None, Windows(12, 3, 1, 1)])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "both"])
+def test_an_exit_is_split_as_the_classifier_that_keeping_it_leaves(name, windows, tokenizer):
+    model = with_exits(classifier(name, taps=["hidden.0", "ffn.1"]))
+    model.config.windows = None if windows is None else windows.to_dict()
+    last = len(model.config.exits) - 1
+    for number in (last - 1, last) if name == "both" else (0, 1, last):  # both stacks can't lose the decoder
+        found = explain(model, tokenizer, TEXTS, exit=number)
+        np.testing.assert_allclose(found.logits, predict(model, tokenizer, TEXTS, exit=number).logits, atol=1e-5)
+        alone = copy.deepcopy(model)
+        alone.keep_exit(number)
+        wanted = explain(alone, tokenizer, TEXTS)
+        assert found.reading.features == wanted.reading.features
+        for row, own in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(row.token_contributions, own.token_contributions, atol=1e-5)
+            np.testing.assert_allclose(row.base + row.by("word").values.sum(0), row.logits, atol=1e-4)
+        np.testing.assert_allclose(
+            token_features(model, tokenizer, TEXTS[2], exit=number).sum(0), found[2].features, atol=1e-4
+        )
+
+
+def test_an_exit_that_there_is_not(tokenizer):
+    for model, exit in ((classifier("bert"), 0), (with_exits(classifier("bert")), 99)):
+        with pytest.raises(ExitError):
+            explain(model, tokenizer, ["good"], exit=exit)
+        with pytest.raises(ExitError):
+            token_features(model, tokenizer, "good", exit=exit)
 
 
 def test_the_base_is_the_logit_of_the_mean_text(tokenizer):

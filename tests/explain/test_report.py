@@ -15,9 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from spin_hf.calibration.errors import CalibrationError
+from spin_hf.calibration.resampling import bootstrap_interval
+from spin_hf.calibration.task import METRICS
 from spin_hf.cli import app
 from spin_hf.explain.cards import neuron_cards
-from spin_hf.explain.data_charts import confusion_grid
+from spin_hf.explain.data_charts import confusion_grid, overlap_grid
 from spin_hf.explain.evaluation import Evaluated
 from spin_hf.explain.page import _plotly, shown
 from spin_hf.explain.plotly_json import plotly_json
@@ -112,11 +114,72 @@ def test_every_mistake_has_its_text(page, evaluated):
 
 def test_the_cards_are_those_of_the_heaviest_neurons(page, sentiment, evaluated):
     wanted = neuron_cards(sentiment.model, sentiment.tokenizer, evaluated.texts, count=3)[:12]
-    assert sum(tag == "article" for tag, _ in page.tags) == len(wanted) == len(evaluated.cards)
+    assert sum(tag == "article" for tag, _ in page.tags) == len(wanted) == 12
     for card in wanted:
         assert f"{card.tap}, neuron {card.neuron}" in page.text
     marked = sum(len(card.high_words) + len(card.low_words) for card in wanted)
     assert sum(tag == "mark" for tag, _ in page.tags) == marked
+
+
+def test_neurons_that_say_the_same_are_named(sentiment, evaluated):
+    everything = neuron_cards(sentiment.model, sentiment.tokenizer, evaluated.texts, threshold=0.3)
+    shown = dataclasses.replace(evaluated, cards=everything)
+    page = Parsed(Report("films", sentiment.result, (shown,)).html())
+    several = [group for group in everything.groups if len(group) > 1]
+    assert len(several) > 1
+    assert f"The {len(everything)} neurons make {len(everything.groups)} groups" in page.text
+    found = shown.groups()
+    assert [group.share for group in found] == sorted((group.share for group in found), reverse=True)
+    assert {frozenset(everything.cards.index(card) for card in group.cards) for group in found} <= set(
+        map(frozenset, several)
+    )
+    for group in found:
+        assert f"{100 * group.share:.1f}%" in page.text
+        assert f"{group.cards[1].tap}, neuron {group.cards[1].neuron}" in page.text
+    assert "one column of the head tells the two apart" in page.text
+    assert "overlap" not in charts_of(page)
+    alone = neuron_cards(sentiment.model, sentiment.tokenizer, evaluated.texts, threshold=0.999999)
+    page = Parsed(Report("films", sentiment.result, (dataclasses.replace(shown, cards=alone),)).html())
+    assert "each says something of its own" in page.text
+
+
+def test_the_overlap_of_labels_is_a_chart(make):
+    source = builders.make_sentiment_rows(90)
+    source["label"] = [label if row % 3 else 2 for row, label in enumerate(source["label"])]
+    made = make(source, labels=["bad", "good", "<b>odd</b>"], etas=[1.0])
+    evaluated = Evaluated.of(made.model, made.tokenizer, source, "films")
+    page = Parsed(Report("films", made.result, (evaluated,)).html())
+    (trace,) = charts_of(page)["overlap"]["data"]
+    overlap = np.array(trace["z"], dtype=float)
+    wanted = np.where(np.eye(3), np.nan, evaluated.cards.overlap.round(2))
+    np.testing.assert_allclose(overlap, wanted)
+    assert trace["texttemplate"] == "%{z:,.2f}"
+    many = dataclasses.replace(
+        evaluated.cards, names=tuple(f"label {i}" for i in range(60)), overlap=np.random.default_rng(0).random((60, 60))
+    )
+    grid = overlap_grid(many)
+    assert sum(value is not None for row in grid.values for value in row) == 1600
+    assert len(list(grid.table()[1])) <= 1600
+
+
+def test_intervals_of_other_metrics(make):
+    """Of validation as the record has them, of a test as a bootstrap of the matrix's rows gives them."""
+    made = make(builders.make_sentiment_rows(), metric="macro_f1", labels=["bad", "good"])
+    intervals = made.result.intervals
+    assert set(intervals) == {*made.result.baselines, "SPIN"}
+    for name, score in [*made.result.baselines.items(), ("SPIN", made.result.chosen.score)]:
+        low, high = intervals[name]
+        assert low <= score <= high
+        assert low < high
+    test = {"rows": 60, "macro_f1": 0.8, "expected_calibration_error": 0.1, "confusion_matrix": [[25, 5], [7, 23]],
+            "labels": ["bad", "good"]}  # fmt: skip
+    rows = {(row.on, row.what, row.score.metric): row.score for row in Report("films", made.result, test=test)._rows()}
+    assert rows[made.result.data["evaluated"], "SPIN", "Macro F1"].interval == intervals["SPIN"]
+    true, given = np.repeat([0, 0, 1, 1], [25, 5, 7, 23]), np.repeat([0, 1, 0, 1], [25, 5, 7, 23])
+    assert rows["test", "SPIN", "Macro F1"].interval == bootstrap_interval(METRICS["macro_f1"][0], true, given)
+    assert rows["test", "SPIN", "Expected calibration error"].interval is None
+    old = dataclasses.replace(made.result, intervals={})
+    assert "–" in Parsed(Report("films", old).html()).text
 
 
 def test_it_is_one_file_that_loads_nothing(page):

@@ -10,9 +10,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from spin_hf import SpinForSequenceClassification
+from spin_hf.calibration.errors import InvalidTextError
 from spin_hf.cli import app
-from spin_hf.explain import explain
+from spin_hf.explain import explain, neuron_cards
 from spin_hf.explain.terminal import shown, visible
+from spin_hf.prediction import predict
 
 runner = CliRunner()
 
@@ -109,6 +111,19 @@ def test_nothing_in_a_text_steers_the_terminal(tokenizer):
     assert "[link=file:///etc]day[/link]" in out
     assert "␛[2J␇" in out
     assert len(visible(text)) == len(text)
+
+
+def test_half_a_surrogate_pair_is_refused(tokenizer, tmp_path):
+    model = calibrated(make_backbone("bert"))
+    for answer in (explain, predict, neuron_cards):
+        with pytest.raises(InvalidTextError, match=r"Row 1 .*'\\ud800'"):
+            answer(model, tokenizer, ["good", "\ud800"])
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for command in ("explain", "predict"):
+        result = run(command, tmp_path, "\ud800", code=2)
+        assert "Row 0 of the input data is no Unicode text" in result.stderr
+        assert result.stderr.strip().endswith("Replace it.")
 
 
 def test_long_texts_are_cut_in_print_and_it_is_said(tokenizer):
