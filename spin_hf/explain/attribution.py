@@ -111,9 +111,9 @@ def attribute(
     windows = None if spin.config.windows is None else Windows(**spin.config.windows)
     plan = None if windows is None or mask.shape[1] <= windows.size else plan_windows(mask, windows)
     spread = _Spread(spin, selection, weight, mask, plan, watch)
-    poolings = {tap: [pooling for pooling, _ in parts] for tap, parts in selection.neurons}
+    poolings = {kept.tap: [pooling for pooling, _ in kept.poolings] for kept in selection.kept}
     pooled = spin.pooled(poolings, spread.read, mask, input_ids, token_type_ids, windows=windows)
-    features = selection.standardise([part for tap, _ in selection.neurons for part in pooled[tap]])
+    features = selection.standardise([part for kept in selection.kept for part in pooled[kept.tap]])
     spread.settle(pooled)
     return Attribution(features, spread.by_place())
 
@@ -148,11 +148,10 @@ class _Spread:
         self.exact = _exact(self.device)
         self.parts_of: dict[Tap, list[tuple[str, Tensor, slice]]] = {}  # with their place among the features
         start = 0
-        for tap, parts in selection.neurons:
-            for pooling, neurons in parts:
-                own = slice(start, start + len(neurons))
-                self.parts_of.setdefault(tap, []).append((pooling, neurons, own))
-                start = own.stop
+        for tap, pooling, neurons in selection.groups():
+            own = slice(start, start + len(neurons))
+            self.parts_of.setdefault(tap, []).append((pooling, neurons, own))
+            start = own.stop
         self.text = torch.arange(len(mask), device=mask.device) if plan is None else plan.text[:, 0]
         self.lengths = mask.sum(1).clamp_min(1)
         self.seen: dict[Tap, int] = {}
