@@ -322,22 +322,12 @@ class _Batch:
 
     def jump(self, state: _State, penalty: Penalty, intercepts: Tensor, row: int, column: int) -> None:
         """Move one problem of the state by second-order steps, from these intercepts ``(B, C, K)``."""
-        x, every = self.x[row], slice(None)
-        for own in [every] if self.loss.coupled else [slice(k, k + 1) for k in range(self.y.shape[1])]:
-            s = self.s[:, own] if self.s.shape[1] > 1 else self.s
-            spot = (row, every, column, own)
-            weight, intercept = jump(
-                x,
-                self.y[:, own],
-                s,
-                self.loss,
-                penalty.of(row, column),
-                state.weight[spot],
-                intercepts[row, column, own].to(x.dtype),
-            )
-            state.weight[spot] = state.ahead[spot] = weight
-            state.intercept[row, 0, column, own] = state.ahead_intercept[row, 0, column, own] = intercept
-            state.momentum[row, 0, column, own] = 1.0
+        spot, own = (row, slice(None), column), penalty.of(row, column)
+        start = intercepts[row, column].to(self.x.dtype)
+        weight, intercept = jump(self.x[row], self.y, self.s, self.loss, own, state.weight[spot], start)
+        state.weight[spot] = state.ahead[spot] = weight
+        state.intercept[row, 0, column] = state.ahead_intercept[row, 0, column] = intercept
+        state.momentum[row, 0, column] = 1.0
 
     def certify(self, weight: Tensor, intercept: Tensor, penalty: Penalty) -> tuple[Tensor, Tensor, Tensor]:
         """Objective ``(B, C)``, relative gap ``(B, C)`` and the best intercepts ``(B, C, K)``, one tap at a time."""

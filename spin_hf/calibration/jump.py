@@ -19,7 +19,7 @@ _IN_A_ROW = 3  # jumps, while they are not of the whole length
 _ROUNDS = 15  # of leaving the weights at zero that came there
 _SHARES = (0.0, 0.1, 0.3, 0.6)  # of the weights that would change their sign, to stop at
 _MOST_WEIGHTS = 4096  # that jump together: more of them do so in turn
-_MOST_VALUES = 2**30  # of their features' rows, for which a Hessian is made
+_MOST_VALUES = 2**28  # of their features' rows, for which a Hessian is made
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,18 @@ def jump(
 
     Args:
         x: features ``(n, d)``.
-        y: targets ``(n, K)``, float64; one problem: ``K`` is 1 unless the loss is coupled.
-        s: row weights ``(n, 1)``, float64.
+        y: targets ``(n, K)``, float64.
+        s: row weights ``(n, 1)``, or ``(n, K)`` where the columns are separate, float64.
         weight: ``(d, K)``.
         intercept: ``(K,)``.
     """
+    if not loss.coupled and y.shape[1] > 1:
+        columns = [slice(k, k + 1) for k in range(y.shape[1])]
+        parts = [
+            jump(x, y[:, k], s[:, k] if s.shape[1] > 1 else s, loss, penalty, weight[:, k], intercept[k])
+            for k in columns
+        ]
+        return torch.cat([part for part, _ in parts], 1), torch.cat([part for _, part in parts])
     if loss.coupled and penalty.members is None:
         # Raising a feature's weights alike for all classes changes the penalty alone: it is least with one at zero.
         weight = weight - weight.median(1, keepdim=True).values

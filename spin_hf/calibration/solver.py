@@ -29,12 +29,14 @@ import torch
 from torch import Tensor
 
 from .blocks import empty
+from .jump import Elastic, jump
 from .losses import Loss
 from .quadratic import Quadratic
 
 _LEAST_ADDED = 32  # weights of a column that may enter the working set at once; more once its support is large
 _CONTRACTION = 0.5  # a curvature by which a step leaves more of the gap than this no longer serves
 _LARGEST_JOINT = 4096  # weights of coupled columns up to which their whole Hessian is made
+_IN_A_ROW = 25  # steps on one working set; what takes more is ill-conditioned and gets a jump
 _PATIENCE = 20  # steps without a better gap after which rounding is taken to be the limit
 
 
@@ -194,22 +196,39 @@ class _Problem:
         return active.scatter(0, rows, active.gather(0, rows) | (best >= penalty))
 
     def solve(self, C: float, tol: float, max_steps: int) -> PathPoint:
-        penalty, steps = 1.0 / C, 0
+        penalty, steps, taken = 1.0 / C, 0, 0
         gradient = self.gradient()
-        active, last_gap = self.weight != 0, float("inf")
+        active, last_gap, at_jump = self.weight != 0, float("inf"), float("inf")
         while True:
             objective, gaps = self.relative_gaps(gradient, penalty)
             gap = float(gaps.max())
             grown = self.working_set(gradient, penalty, active)
+            if gap <= tol or steps >= max_steps:
+                break
             stuck = bool((grown == active).all()) and gap > last_gap / 2
-            if gap <= tol or steps >= max_steps or stuck:
+            if (stuck or taken == _IN_A_ROW) and gap < 0.9 * at_jump:
+                at_jump = gap
+                self.jump(penalty)
+                gradient, active, steps, taken = self.gradient(), self.weight != 0, steps + 1, 0
+                continue
+            if stuck:
                 break
             active, last_gap = grown, gap
             # A set that is not final need not be solved far beyond what is missing outside it.
-            steps += self._solve_on(active, penalty, gaps > tol, max(tol / 2, gap / 10), max_steps - steps)
+            most = min(_IN_A_ROW, max_steps - steps)
+            taken = self._solve_on(active, penalty, gaps > tol, max(tol / 2, gap / 10), most)
+            steps += taken
             gradient = self.gradient()
         value = float(objective[0] if self.loss.coupled else objective.sum())
         return PathPoint(C, self.weight.T.clone(), self.intercept.to(self.xt.dtype), value, gap, steps, gap <= tol)
+
+    def jump(self, penalty: float) -> None:
+        """Leave where the steps on the working set are stuck."""
+        elastic = Elastic(penalty * self.factors[:, None], self.factors.new_zeros(()), None)
+        intercept = self.intercept.to(self.xt.dtype)
+        self.weight, _ = jump(self.xt.T, self.y, self.s, self.loss, elastic, self.weight, intercept)
+        self.scores = (self.xt.T @ self.weight).double()
+        self.balance()
 
     def _solve_on(self, active: Tensor, penalty: float, unsettled: Tensor, tol: float, max_steps: int) -> int:
         """Proximal Newton on the active weights, intercepts included, to a relative gap of ``tol`` on those weights.

@@ -207,6 +207,18 @@ def test_correlated_columns_in_float32():
         assert (primal - dual) / primal < 1.2e-4
 
 
+def test_weak_penalties_on_ill_conditioned_features():
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(200, 40, generator=random) + torch.randn(200, 1, generator=random)
+    mixing = torch.linalg.qr(torch.randn(40, 40, generator=random)).Q
+    x = x @ (mixing * torch.logspace(0, -2.5, 40)) @ mixing.T
+    x = (x - x.mean(0)) / x.std(0)
+    scores = x @ torch.randn(40, 3, generator=random) / 3 + torch.randn(200, 3, generator=random)
+    y = torch.nn.functional.one_hot(scores.argmax(1), 3).float()
+    for point in solve_path(x, y, torch.ones(200, 1), Multinomial(), [10.0, 33.0], max_steps=120):
+        assert point.gap <= 1e-4
+
+
 def test_descending_path_is_refused():
     x, y, s = make()
     with pytest.raises(ValueError, match="ascend"):
