@@ -1,0 +1,293 @@
+"""One calibration by several processes: what they save, and whether they end with what one makes.
+
+Random weights of a real shape and texts made here; each part prints its rows as they are found.
+
+- ``scaling``: seconds by stage on 1, 2, 4 and 8 GPUs; neurons and logits against the run on one.
+- ``split``: a backbone spread over the GPUs by ``device_map``, in one process.
+- ``trainer``: a few steps with the frozen backbone and with LoRA under DDP, and with LoRA under FSDP.
+- ``killed``: one process gets SIGKILL while it reads; the same command then goes on from the store.
+
+The last three read ``--few`` texts. Give ``--folder`` to keep what runs found, and not to run these again.
+
+    python examples/benchmarks/several_gpus.py --record
+    python examples/benchmarks/several_gpus.py --shape tiny --texts 64 --few 64 --tokens 16    # on CPUs, for a try
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import results
+import torch
+from safetensors.torch import load_file
+from shapes import SHAPES, make
+
+from spin_hf.calibration.store import recorded
+
+HERE = Path(__file__).parent
+STAGES = ("tokenize", "extract", "probe", "heads", "rest", "total")
+Row = dict[str, Any]
+
+
+class Failed(Exception):
+    """A launch that did not end well."""
+
+
+class Bench:
+    """Runs workers for these options; what they find lies in ``folder``."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.arguments, self.folder = arguments, folder
+        self.until = float("inf")
+
+    def backbone(self, shape: str) -> Path:
+        """The folder of a backbone, which all processes load."""
+        made = self.folder / f"backbone-{shape}-{self.arguments.dtype}"
+        if not made.exists():
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            backbone = make(shape, dtype=getattr(torch, self.arguments.dtype), device=device)
+            backbone.save_pretrained(made.with_suffix(".part"))
+            made.with_suffix(".part").rename(made)
+            del backbone
+            torch.cuda.empty_cache()
+        return made
+
+    def calibrate(self, shape: str, texts: int, count: int, *, name: str = "", **more: Any) -> Path:
+        """The folder of a calibration by ``count`` processes; its features are removed unless it fails."""
+        given = self.arguments
+        words = [shape, given.dtype, f"{texts}x{given.tokens}", f"in{given.batch_tokens}", f"Cs{given.Cs}", str(count)]
+        out = self.folder / "-".join([*words, *([name] if name else [])])
+        if (out / "about.json").exists():
+            print(f"{out.name} was run before", file=sys.stderr)
+            return out
+        options = {
+            **{"backbone": str(self.backbone(shape)), "texts": texts, "tokens": given.tokens, "dtype": given.dtype},
+            **{"batch_tokens": given.batch_tokens, "Cs": given.Cs, **more},
+        }
+        self.launch("calibrate", out, count, options)
+        shutil.rmtree(out / "cache", ignore_errors=name == "killed")  # that of a large shape takes tens of gigabytes
+        return out
+
+    def launch(self, task: str, out: Path, count: int, options: Row) -> None:
+        """Run a task of the worker in so many processes, by ``accelerate launch`` where there are several.
+
+        Raises:
+            Failed: with the end of what it wrote, or when the part's time is over.
+        """
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "options.json").write_text(json.dumps({**options, "out": str(out)}))
+        command = [sys.executable]
+        if count > 1:
+            command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
+            command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+            command += ["--main_process_port", str(_free_port())]
+        command += [str(HERE / "several_gpus_worker.py"), task, str(out / "options.json")]
+        # As many threads however many processes: sums of other lengths would round differently on a CPU.
+        threads = max(1, (os.cpu_count() or 1) // max(self.arguments.processes))
+        path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+        env = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true"}
+        if not torch.cuda.is_available():
+            env["ACCELERATE_USE_CPU"] = "true"
+        began = time.monotonic()
+        with (out / "log").open("w") as log:
+            started = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+            try:
+                code = started.wait(max(1.0, min(self.until - began, 1e6)))
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(started.pid, signal.SIGKILL)
+                started.wait()
+        if code is None:
+            raise Failed(f"the time of the part was over, {time.monotonic() - began:.0f} s after this launch")
+        if code:
+            raise Failed((out / "log").read_text(errors="replace")[-3000:])
+
+
+def scaling(bench: Bench) -> Iterator[Row]:
+    given = bench.arguments
+    for shape in given.shape:
+        alone: Path | None = None
+        for count in given.processes:
+            out = bench.calibrate(shape, given.texts, count)
+            alone = alone or out
+            about, first = _about(out), _about(alone)
+            yield {
+                **{"shape": shape, "processes": count, "texts": [given.texts, given.tokens], "dtype": given.dtype},
+                **{
+                    name: about[name] for name in ("chosen", "score", "features", "depth", "features_gb", "peak_gpu_gb")
+                },
+                "seconds": {stage: round(about["seconds"][stage], 2) for stage in STAGES},
+                "speedup": {stage: round(first["seconds"][stage] / about["seconds"][stage], 2) for stage in STAGES},
+                **_compared(out, alone, count),
+            }
+
+
+def split(bench: Bench) -> Iterator[Row]:
+    given = bench.arguments
+    for shape in given.shape:
+        alone = bench.calibrate(shape, given.few, 1, save=True)
+        for device_map in ("auto", "balanced") if torch.cuda.is_available() else ("auto",):
+            out = bench.calibrate(shape, given.few, 1, name=device_map, device_map=device_map)
+            about = _about(out)
+            yield {
+                **{"shape": shape, "device_map": device_map, "texts": [given.few, given.tokens], "dtype": given.dtype},
+                **{"devices": " ".join(about["devices"]), "features": about["features"], "depth": about["depth"]},
+                **_compared(out, alone, 1),
+                "seconds": {stage: round(about["seconds"][stage], 2) for stage in STAGES},
+            }
+
+
+def trainer(bench: Bench) -> Iterator[Row]:
+    given, count = bench.arguments, max(bench.arguments.processes)
+    for shape in given.shape:
+        classifier = bench.calibrate(shape, given.few, 1, save=True) / "model"
+        for way in ("frozen", "lora", "lora, fsdp"):
+            out = bench.folder / f"train-{shape}-{count}-{way.replace(', ', '-')}"
+            shutil.rmtree(out, ignore_errors=True)
+            began = time.monotonic()
+            row = {"shape": shape, "way": way, "processes": count, "steps": given.steps, "dtype": "float32"}
+            options = {"classifier": str(classifier), "way": way, "tokens": given.tokens, "steps": given.steps}
+            try:
+                bench.launch("train", out, count, options)
+            except Failed as error:  # the other ways are still worth knowing
+                yield {**row, "failed": str(error).strip().rpartition("\n")[2]}
+                print(error, file=sys.stderr, flush=True)
+                continue
+            yield {**row, **_about(out), "seconds": round(time.monotonic() - began, 1)}
+            shutil.rmtree(out)
+
+
+def killed(bench: Bench) -> Iterator[Row]:
+    given, count = bench.arguments, max(bench.arguments.processes)
+    for shape in given.shape:
+        alone = bench.calibrate(shape, given.few, 1, save=True)
+        batches = _about(alone)["batches"]
+        row = {"shape": shape, "processes": count, "texts": [given.few, given.tokens], "batches": batches}
+        number = max(2, batches // count // 2)
+        said, out = "", None
+        try:
+            bench.calibrate(shape, given.few, count, name="killed", kill_at=number)
+        except Failed as error:
+            said = str(error)
+        ended = time.time()
+        out = next(bench.folder.glob(f"{shape}-*-{count}-killed"))
+        if not (out / "killed").exists():
+            raise Failed(f"no process was killed: {said}")
+        row["seconds_to_the_end_of_all"] = round(ended - float((out / "killed").read_text()), 1)
+        row["left_alive"] = sum(map(_lives, out.glob("pid.*")))
+        row["told"] = next(
+            (line.strip() for line in said.splitlines() if "SIGKILL" in line or "Signal 9" in line), said
+        )
+        kept = _lines(out, batches)
+        row["kept"] = len(recorded(_store(out), batches))
+        bench.launch("calibrate", out, count, {**json.loads((out / "options.json").read_text()), "kill_at": 0})
+        row["read_again"] = _lines(out, batches) - kept
+        yield {**row, "not_redone": batches - row["read_again"], **_compared(out, alone, count)}
+        shutil.rmtree(out)
+
+
+PARTS = {"scaling": scaling, "split": split, "trainer": trainer, "killed": killed}
+
+
+def _about(out: Path) -> Row:
+    about: Row = json.loads((out / "about.json").read_text())
+    return about
+
+
+def _compared(out: Path, alone: Path, count: int) -> Row:
+    """How what each process ended with differs from what one alone made."""
+    expected = load_file(alone / "found.0.safetensors")
+    found = [load_file(out / f"found.{rank}.safetensors") for rank in range(count)]
+    neurons = {name: values.tolist() for name, values in expected.items() if name != "logits"}
+    return {
+        "same_neurons": all(
+            {name: values.tolist() for name, values in each.items() if name != "logits"} == neurons for each in found
+        ),
+        "logits_differ_by": max(float((each["logits"] - expected["logits"]).abs().max()) for each in found),
+        "largest_logit": float(expected["logits"].abs().max()),
+    }
+
+
+def _store(out: Path) -> Path:
+    return next((out / "cache").glob("*/store.json")).parent
+
+
+def _lines(out: Path, batches: int) -> int:
+    """Batches that were recorded, as often as they were."""
+    return sum(len(path.read_text().split()) for path in _store(out).glob("done.*"))
+
+
+def _lives(path: Path) -> bool:
+    try:
+        os.kill(int(path.read_text()), 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def main() -> None:
+    gpus = torch.cuda.device_count()
+    parser = results.parser(__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["llama-1b", "gpt2-xl"])
+    parser.add_argument("--processes", type=int, nargs="+", help="default: 1, 2, 4 and 8 as far as there are GPUs")
+    parser.add_argument("--texts", type=int, default=25000)
+    parser.add_argument("--few", type=int, default=2000, help="texts of the other parts")
+    parser.add_argument("--tokens", type=int, default=256, help="of each text")
+    parser.add_argument("--batch-tokens", type=int, default=16384)
+    parser.add_argument("--Cs", type=int, default=10, help="as of spin_calibrate")
+    parser.add_argument("--steps", type=int, default=5, help="of Trainer")
+    parser.add_argument("--dtype", default="bfloat16" if gpus else "float32")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for each part")
+    parser.add_argument("--folder", type=Path, help="for backbones, features and what was found; default: a temporary")
+    arguments = parser.parse_args()
+    arguments.processes = arguments.processes or [
+        count for count in (1, 2, 4, 8) if count <= max(gpus, 1 if gpus else 2)
+    ]
+    device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "CPU"
+    failed = False
+    with contextlib.ExitStack() as held:
+        folder = arguments.folder or Path(held.enter_context(tempfile.TemporaryDirectory()))
+        bench = Bench(arguments, folder.resolve())
+        for part in arguments.parts:
+            rows: list[Row] = []
+            bench.until = time.monotonic() + arguments.limit
+            try:
+                for row in PARTS[part](bench):
+                    rows.append(row)
+                    print(json.dumps({"part": part, **row}), flush=True)
+                    failed |= "failed" in row
+            except Failed as error:
+                failed = True
+                print(json.dumps({"part": part, "failed": str(error)}), flush=True)
+            if rows:
+                name = f"Several GPUs, {part}: {' '.join(arguments.shape)}, {device}"
+                results.write_section(
+                    arguments.record, name, [{k: v for k, v in r.items() if k != "failed"} for r in rows]
+                )
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    main()
