@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -165,7 +166,7 @@ def trainer(bench: Bench) -> Iterator[Row]:
             try:
                 bench.launch("train", out, count, options)
             except Failed as error:  # the other ways are still worth knowing
-                yield {**row, "failed": str(error).strip().rpartition("\n")[2]}
+                yield {**row, "failed": (re.findall(r"\w+Error: .*", str(error)) or [str(error)])[0]}
                 print(error, file=sys.stderr, flush=True)
                 continue
             yield {**row, **_about(out), "seconds": round(time.monotonic() - began, 1)}
@@ -179,7 +180,7 @@ def killed(bench: Bench) -> Iterator[Row]:
         batches = _about(alone)["batches"]
         row = {"shape": shape, "processes": count, "texts": [given.few, given.tokens], "batches": batches}
         number = max(2, batches // count // 2)
-        said, out = "", None
+        said = ""
         try:
             bench.calibrate(shape, given.few, count, name="killed", kill_at=number)
         except Failed as error:
@@ -190,13 +191,12 @@ def killed(bench: Bench) -> Iterator[Row]:
             raise Failed(f"no process was killed: {said}")
         row["seconds_to_the_end_of_all"] = round(ended - float((out / "killed").read_text()), 1)
         row["left_alive"] = sum(map(_lives, out.glob("pid.*")))
-        row["told"] = next(
-            (line.strip() for line in said.splitlines() if "SIGKILL" in line or "Signal 9" in line), said
-        )
-        kept = _lines(out, batches)
+        cause = re.findall(r"(rank +: \d+)|(Signal \d+ .*)", said.rpartition("Root Cause")[2])
+        row["told"] = ": ".join(a or b for a, b in cause) or said
+        recorded_before = _lines(out)
         row["kept"] = len(recorded(_store(out), batches))
         bench.launch("calibrate", out, count, {**json.loads((out / "options.json").read_text()), "kill_at": 0})
-        row["read_again"] = _lines(out, batches) - kept
+        row["read_again"] = _lines(out) - recorded_before
         yield {**row, "not_redone": batches - row["read_again"], **_compared(out, alone, count)}
         shutil.rmtree(out)
 
@@ -227,9 +227,9 @@ def _store(out: Path) -> Path:
     return next((out / "cache").glob("*/store.json")).parent
 
 
-def _lines(out: Path, batches: int) -> int:
+def _lines(out: Path) -> int:
     """Batches that were recorded, as often as they were."""
-    return sum(len(path.read_text().split()) for path in _store(out).glob("done.*"))
+    return sum(bool(line) for path in _store(out).glob("done.*") for line in path.read_text().splitlines())
 
 
 def _lives(path: Path) -> bool:

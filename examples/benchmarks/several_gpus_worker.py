@@ -128,6 +128,7 @@ def train(options: dict[str, Any]) -> None:
     out, way = Path(options["out"]), options["way"]
     model: Any = SpinForSequenceClassification.from_pretrained(options["classifier"], dtype=torch.float32)
     blocks = model.spin.backbone._no_split_modules
+    hf.set_seed(0)  # FSDP takes each process's part from its own weights, and those of an adapter are drawn
     if way != "frozen":
         lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=lora_targets(model), lora_dropout=0.0)
         model = peft.get_peft_model(model, lora)
@@ -185,6 +186,7 @@ def train(options: dict[str, Any]) -> None:
     about = {
         "losses": [losses[0], losses[-1]],
         "finite": bool(np.isfinite(losses).all()),
+        "run_as": f"{trainer.accelerator.distributed_type.value}, {type(trainer.model_wrapped).__name__}",
         "trained_tensors": len(trained),
         "sharded_tensors": sum(hasattr(p, "full_tensor") for p in trained.values()),
         "largest_step": max(float((whole[name] - before[name]).abs().max()) for name in before),
@@ -196,15 +198,10 @@ def train(options: dict[str, Any]) -> None:
     else:
         again = again.from_pretrained(options["classifier"], dtype=torch.float32)
         again = peft.PeftModel.from_pretrained(again, out / "trained")
-    device = logits_device()
-    again = again.to(device).eval()
+    again = again.to(arguments.device).eval()
+    batches = [hf.default_data_collator(unseen[first : first + 4]) for first in range(0, count, 4)]
     with torch.no_grad():
-        parts = [
-            again(
-                **{key: torch.tensor([row[key] for row in unseen[i : i + 4]], device=device) for key in unseen[0]}
-            ).logits
-            for i in range(0, count, 4)
-        ]
+        parts = [again(**{name: ids.to(arguments.device) for name, ids in batch.items()}).logits for batch in batches]
     about["largest_logit"] = float(logits.abs().max())
     about["reloaded_logits_differ_by"] = float((torch.cat(parts).cpu() - logits).abs().max())
     (out / "about.json").write_text(json.dumps(about))
