@@ -4,7 +4,8 @@ Random weights of a real shape and texts made here; each part prints its rows as
 
 - ``scaling``: seconds by stage on 1, 2, 4 and 8 GPUs; neurons and logits against the run on one.
 - ``split``: a backbone spread over the GPUs by ``device_map``, in one process.
-- ``trainer``: a few steps with the frozen backbone and with LoRA under DDP, and with LoRA under FSDP.
+- ``trainer``: a few steps with the frozen backbone and with LoRA under DDP, and with LoRA under FSDP, which accelerate
+  runs on GPUs only.
 - ``killed``: one process gets SIGKILL while it reads; the same command then goes on from the store.
 
 The last three read ``--few`` texts. Give ``--folder`` to keep what runs found, and not to run these again.
@@ -157,7 +158,7 @@ def trainer(bench: Bench) -> Iterator[Row]:
     given, count = bench.arguments, max(bench.arguments.processes)
     for shape in given.shape:
         classifier = bench.calibrate(shape, given.few, 1, save=True) / "model"
-        for way in ("frozen", "lora", "lora, fsdp"):
+        for way in ("frozen", "lora", "lora, fsdp") if torch.cuda.is_available() else ("frozen", "lora"):
             out = bench.folder / f"train-{shape}-{count}-{way.replace(', ', '-')}"
             shutil.rmtree(out, ignore_errors=True)
             began = time.monotonic()

@@ -174,6 +174,9 @@ def train(options: dict[str, Any]) -> None:
         for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
         if name in before
     }
+    shards = sum(hasattr(p, "full_tensor") for p in trained.values())
+    if way == "lora, fsdp" and not shards:
+        raise RuntimeError(f"Trainer sharded nothing: it ran as {trainer.accelerator.distributed_type}.")
     whole = {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu() for name, p in trained.items()}
     digest = hashlib.sha256(b"".join(whole[name].numpy().tobytes() for name in sorted(whole))).hexdigest()
     digests = gather_object([digest])
@@ -188,7 +191,7 @@ def train(options: dict[str, Any]) -> None:
         "finite": bool(np.isfinite(losses).all()),
         "run_as": f"{trainer.accelerator.distributed_type.value}, {type(trainer.model_wrapped).__name__}",
         "trained_tensors": len(trained),
-        "sharded_tensors": sum(hasattr(p, "full_tensor") for p in trained.values()),
+        "sharded_tensors": shards,
         "largest_step": max(float((whole[name] - before[name]).abs().max()) for name in before),
         "equal_on_all": len(set(digests)) == 1,
     }
