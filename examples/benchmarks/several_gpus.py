@@ -22,7 +22,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -40,7 +39,9 @@ from shapes import SHAPES, make
 from spin_hf.calibration.store import recorded
 
 HERE = Path(__file__).parent
-STAGES = ("tokenize", "extract", "probe", "heads", "rest", "total")
+# The rest is what a calibration does between its stages, above all to hash the weights; what is around it are imports,
+# joining the processes, loading the backbone and making the texts.
+STAGES = ("tokenize", "extract", "probe", "heads", "rest", "total", "around")
 Row = dict[str, Any]
 
 
@@ -68,19 +69,27 @@ class Bench:
         return made
 
     def calibrate(self, shape: str, texts: int, count: int, *, name: str = "", **more: Any) -> Path:
-        """The folder of a calibration by ``count`` processes; its features are removed unless it fails."""
+        """The folder of a calibration by ``count`` processes; its features stay only where one is killed."""
         given = self.arguments
         words = [shape, given.dtype, f"{texts}x{given.tokens}", f"in{given.batch_tokens}", f"Cs{given.Cs}", str(count)]
         out = self.folder / "-".join([*words, *([name] if name else [])])
-        if (out / "about.json").exists():
+        if (out / "about.json").exists() and ((out / "model").exists() or not more.get("save")):
             print(f"{out.name} was run before", file=sys.stderr)
             return out
+        shutil.rmtree(out, ignore_errors=True)  # with features that would not be read again
         options = {
             **{"backbone": str(self.backbone(shape)), "texts": texts, "tokens": given.tokens, "dtype": given.dtype},
             **{"batch_tokens": given.batch_tokens, "Cs": given.Cs, **more},
         }
-        self.launch("calibrate", out, count, options)
-        shutil.rmtree(out / "cache", ignore_errors=name == "killed")  # that of a large shape takes tens of gigabytes
+        began = time.monotonic()
+        try:
+            self.launch("calibrate", out, count, options)
+        finally:
+            if "kill_at" not in more:
+                shutil.rmtree(out / "cache", ignore_errors=True)  # of a large shape it takes tens of gigabytes
+        about = _about(out)
+        about["seconds"]["around"] = time.monotonic() - began - about["seconds"]["total"]
+        (out / "about.json").write_text(json.dumps(about))
         return out
 
     def launch(self, task: str, out: Path, count: int, options: Row) -> None:
@@ -105,15 +114,15 @@ class Bench:
             env["ACCELERATE_USE_CPU"] = "true"
         began = time.monotonic()
         with (out / "log").open("w") as log:
-            started = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+            started = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+            code = None
             try:
                 code = started.wait(max(1.0, min(self.until - began, 1e6)))
             except subprocess.TimeoutExpired:
-                code = None
+                started.terminate()  # the launcher ends its processes
+                started.wait(60)
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(started.pid, signal.SIGKILL)
-                started.wait()
+                started.kill()
         if code is None:
             raise Failed(f"the time of the part was over, {time.monotonic() - began:.0f} s after this launch")
         if code:
@@ -130,9 +139,8 @@ def scaling(bench: Bench) -> Iterator[Row]:
             about, first = _about(out), _about(alone)
             yield {
                 **{"shape": shape, "processes": count, "texts": [given.texts, given.tokens], "dtype": given.dtype},
-                **{
-                    name: about[name] for name in ("chosen", "score", "features", "depth", "features_gb", "peak_gpu_gb")
-                },
+                **{name: about[name] for name in ("chosen", "score", "features", "depth")},
+                **{name: about[name] for name in ("features_gb", "peak_gpu_gb")},
                 "seconds": {stage: round(about["seconds"][stage], 2) for stage in STAGES},
                 "speedup": {stage: round(first["seconds"][stage] / about["seconds"][stage], 2) for stage in STAGES},
                 **_compared(out, alone, count),
@@ -192,8 +200,8 @@ def killed(bench: Bench) -> Iterator[Row]:
             raise Failed(f"no process was killed: {said}")
         row["seconds_to_the_end_of_all"] = round(ended - float((out / "killed").read_text()), 1)
         row["left_alive"] = sum(map(_lives, out.glob("pid.*")))
-        cause = re.findall(r"(rank +: \d+)|(Signal \d+ .*)", said.rpartition("Root Cause")[2])
-        row["told"] = ": ".join(a or b for a, b in cause) or said
+        cause = re.search(r"rank +: (\d+).*(Signal \d+ [^\n]*)", said.rpartition("Root Cause")[2], re.DOTALL)
+        row["told"] = f"rank {cause[1]}: {cause[2]}" if cause else said
         recorded_before = _lines(out)
         row["kept"] = len(recorded(_store(out), batches))
         bench.launch("calibrate", out, count, {**json.loads((out / "options.json").read_text()), "kill_at": 0})
@@ -266,6 +274,8 @@ def main() -> None:
     arguments.processes = arguments.processes or [
         count for count in (1, 2, 4, 8) if count <= max(gpus, 1 if gpus else 2)
     ]
+    if max(arguments.processes) < 2 and {"trainer", "killed"} & set(arguments.parts):
+        parser.error("trainer and killed need two processes: choose other --parts, or a machine with two GPUs")
     device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "CPU"
     failed = False
     with contextlib.ExitStack() as held:
@@ -274,19 +284,16 @@ def main() -> None:
         for part in arguments.parts:
             rows: list[Row] = []
             bench.until = time.monotonic() + arguments.limit
+            name = f"Several GPUs, {part}: {' '.join(arguments.shape)}, {device}"
             try:
                 for row in PARTS[part](bench):
                     rows.append(row)
                     print(json.dumps({"part": part, **row}), flush=True)
+                    results.write_section(arguments.record, name, rows)  # what comes next may take too long
                     failed |= "failed" in row
             except Failed as error:
                 failed = True
                 print(json.dumps({"part": part, "failed": str(error)}), flush=True)
-            if rows:
-                name = f"Several GPUs, {part}: {' '.join(arguments.shape)}, {device}"
-                results.write_section(
-                    arguments.record, name, [{k: v for k, v in r.items() if k != "failed"} for r in rows]
-                )
     sys.exit(int(failed))
 
 

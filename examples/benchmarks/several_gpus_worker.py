@@ -133,7 +133,7 @@ def train(options: dict[str, Any]) -> None:
         lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=lora_targets(model), lora_dropout=0.0)
         model = peft.get_peft_model(model, lora)
     sharded: dict[str, Any] = {
-        "fsdp": "full_shard auto_wrap",
+        "fsdp": "full_shard auto_wrap",  # versions before 5.20 may know no other way to say it
         "fsdp_config": {
             "version": 2,
             "transformer_layer_cls_to_wrap": list(blocks),
