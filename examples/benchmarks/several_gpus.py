@@ -8,7 +8,7 @@ Random weights of a real shape and texts made here; each part prints its rows as
   runs on GPUs only.
 - ``killed``: one process gets SIGKILL while it reads; the same command then goes on from the store.
 
-The last three read ``--few`` texts. Give ``--folder`` to keep what runs found, and not to run these again.
+``split`` and ``killed`` read ``--few`` texts. Give ``--folder`` to keep what runs found, and not to run these again.
 
     python examples/benchmarks/several_gpus.py --record
     python examples/benchmarks/several_gpus.py --shape tiny --texts 64 --few 64 --tokens 16    # on CPUs, for a try
@@ -34,8 +34,9 @@ from typing import Any
 import results
 import torch
 from safetensors.torch import load_file
-from shapes import SHAPES, make
+from shapes import SHAPES, make, make_classifier
 
+from spin_hf import SpinForSequenceClassification
 from spin_hf.calibration.store import recorded
 
 HERE = Path(__file__).parent
@@ -68,12 +69,22 @@ class Bench:
             torch.cuda.empty_cache()
         return made
 
+    def classifier(self, shape: str) -> Path:
+        """The folder of a classifier that reads neurons of all blocks in the lower half, so that all of these learn."""
+        made = self.folder / f"classifier-{shape}"
+        if not made.exists():
+            model = SpinForSequenceClassification.from_backbone(self.backbone(shape), num_labels=2, dtype=torch.float32)
+            model.config.pad_token_id = 0
+            half = model.spin.depth // 2
+            make_classifier(model, half, keep=half).save_pretrained(made)
+        return made
+
     def calibrate(self, shape: str, texts: int, count: int, *, name: str = "", **more: Any) -> Path:
         """The folder of a calibration by ``count`` processes; its features stay only where one is killed."""
         given = self.arguments
         words = [shape, given.dtype, f"{texts}x{given.tokens}", f"in{given.batch_tokens}", f"Cs{given.Cs}", str(count)]
         out = self.folder / "-".join([*words, *([name] if name else [])])
-        if (out / "about.json").exists() and ((out / "model").exists() or not more.get("save")):
+        if (out / "about.json").exists():
             print(f"{out.name} was run before", file=sys.stderr)
             return out
         shutil.rmtree(out, ignore_errors=True)  # with features that would not be read again
@@ -120,7 +131,8 @@ class Bench:
                 code = started.wait(max(1.0, min(self.until - began, 1e6)))
             except subprocess.TimeoutExpired:
                 started.terminate()  # the launcher ends its processes
-                started.wait(60)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    started.wait(60)
             finally:
                 started.kill()
         if code is None:
@@ -150,7 +162,7 @@ def scaling(bench: Bench) -> Iterator[Row]:
 def split(bench: Bench) -> Iterator[Row]:
     given = bench.arguments
     for shape in given.shape:
-        alone = bench.calibrate(shape, given.few, 1, save=True)
+        alone = bench.calibrate(shape, given.few, 1)
         for device_map in ("auto", "balanced") if torch.cuda.is_available() else ("auto",):
             out = bench.calibrate(shape, given.few, 1, name=device_map, device_map=device_map)
             about = _about(out)
@@ -165,7 +177,7 @@ def split(bench: Bench) -> Iterator[Row]:
 def trainer(bench: Bench) -> Iterator[Row]:
     given, count = bench.arguments, max(bench.arguments.processes)
     for shape in given.shape:
-        classifier = bench.calibrate(shape, given.few, 1, save=True) / "model"
+        classifier = bench.classifier(shape)
         for way in ("frozen", "lora", "lora, fsdp") if torch.cuda.is_available() else ("frozen", "lora"):
             out = bench.folder / f"train-{shape}-{count}-{way.replace(', ', '-')}"
             shutil.rmtree(out, ignore_errors=True)
@@ -185,7 +197,7 @@ def trainer(bench: Bench) -> Iterator[Row]:
 def killed(bench: Bench) -> Iterator[Row]:
     given, count = bench.arguments, max(bench.arguments.processes)
     for shape in given.shape:
-        alone = bench.calibrate(shape, given.few, 1, save=True)
+        alone = bench.calibrate(shape, given.few, 1)
         batches = _about(alone)["batches"]
         row = {"shape": shape, "processes": count, "texts": [given.few, given.tokens], "batches": batches}
         number = max(2, batches // count // 2)
@@ -294,7 +306,8 @@ def main() -> None:
             except Failed as error:
                 failed = True
                 print(json.dumps({"part": part, "failed": str(error)}), flush=True)
-    sys.exit(int(failed))
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -88,8 +88,6 @@ def calibrate(options: dict[str, Any]) -> None:
     save_file(found, out / f"found.{RANK}.safetensors")
     if RANK:
         return
-    if options.get("save"):
-        model.save_pretrained(out / "model")
     devices = {str(parameter.device) for parameter in model.spin.backbone.parameters()}
     peak = max((torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())), default=0)
     rest = 2 * result.seconds["total"] - sum(result.seconds.values())
