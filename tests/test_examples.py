@@ -157,6 +157,20 @@ def test_inference_benchmark_writes_its_section(tmp_path):
     assert str(tmp_path) not in text
 
 
+@pytest.mark.timeout(600)  # three processes import everything
+def test_several_gpus_benchmark(tmp_path):
+    options = ("--parts", "scaling", "--shape", "tiny", "--processes", 1, 2, "--texts", 40, "--tokens", 16, "--Cs", 2)
+    shown = run_example("benchmarks/several_gpus.py", *options, "--batch-tokens", 64, "--folder", tmp_path)
+    alone, together = map(json.loads, shown.splitlines())
+    assert (alone["processes"], together["processes"]) == (1, 2)
+    for found in (alone, together):
+        assert found["same_neurons"]
+        assert found["logits_differ_by"] == 0 < found["largest_logit"]
+        assert min(found["speedup"].values()) > 0
+    assert sorted(path.name for path in tmp_path.glob("*-2/found.*")) == ["found.0.safetensors", "found.1.safetensors"]
+    assert not list(tmp_path.glob("*/cache"))
+
+
 def test_pipeline_benchmark(run):
     options = ("--reviews", 2, "--sentences", 3, "--rounds", 1, "--sizes", 2, "--device", "cpu")
     found = [json.loads(line) for line in run("benchmarks/pipeline.py", *options, data="sst2").splitlines()]
