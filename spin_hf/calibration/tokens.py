@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ class Tokens(Sequence[list[int]]):
 
     def __init__(self, rows: Iterable[Sequence[int]] = ()) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as this
+        weakref.finalize(self, self._file.close)
         self._ends = array("q", [0])
         self._flat: np.ndarray | None = None
         self.extend(rows)
