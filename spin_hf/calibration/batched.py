@@ -173,8 +173,9 @@ def solve_together(
     steps = since_better = 0
     while True:
         objective, gap, balanced = batch.certify(state.weight, state.intercept, penalty)
-        better = gap < found.gap[rows[:, None], kept]
-        gained = bool((gap < 0.9 * found.gap[rows[:, None], kept]).any())
+        last = found.gap[rows[:, None], kept]
+        better = gap < last
+        gained = bool(((gap < 0.9 * last) & (last > tol)).any())
         since_better = 0 if gained else since_better + 1
         spots = torch.where(better)
         at = rows[spots[0]], kept[spots[1]]

@@ -140,7 +140,7 @@ class HeadFitter:
         x, held = columns.read(self.store, self.device, rows, held_out)
         y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
         indices = [torch.from_numpy(np.flatnonzero(columns.kept(eta, depth))).to(self.device) for eta in etas]
-        if pays(x.device):
+        if pays(x.device) and x.shape[1]:
             yield from zip(etas, self._fit_together(x, held, columns, indices, rows), strict=True)
             return
         sharing = [index for index in indices if len(index) <= len(x)]  # wider ones are solved in the rows' coordinates

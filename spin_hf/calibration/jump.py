@@ -108,6 +108,8 @@ def _step(
     present, signs = weight[feature, output], penalty.signs(weight)[feature, output]
     present, signs = (torch.cat([part, x.new_zeros(len(intercept))]) for part in (present, signs))
     move = _within_signs(hessian, down, present, signs) - present
+    if not move.isfinite().all():
+        return weight, intercept, True
     lengths = torch.tensor(_LENGTHS, dtype=x.dtype, device=x.device)
     trials = weight.repeat(len(lengths), 1, 1)
     ends = torch.where(lengths[:, None] == 1.0, present + move, present + lengths[:, None] * move)

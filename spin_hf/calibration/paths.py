@@ -46,6 +46,7 @@ def solve_paths(
         scaled = None if factors is None else factors[which]
         known = None if intercept is None else intercept[which]
         points = _solve_group(part, y, s, loss, Cs, scaled, weight[which], known, tol)
+        del part  # a generator would hold it until it is resumed
         intercept = x.new_zeros(weight.shape[:2]) if intercept is None else intercept
         for i, path in zip(which, points, strict=True):
             weight[i], intercept[i] = path[-1].weight, path[-1].intercept
@@ -80,11 +81,18 @@ def _solve_group(
         for c, C in enumerate(values):
             gap = float(found.gap[i, c])
             point = PathPoint(
-                C, found.weight[i, c], found.intercept[i, c], float(found.objective[i, c]), gap, found.steps, gap <= tol
+                C,
+                found.weight[i, c].clone(),
+                found.intercept[i, c].clone(),
+                float(found.objective[i, c]),
+                gap,
+                found.steps,
+                gap <= tol,
             )
             if gap > tol:  # ill-conditioned: exact steps get there
                 own = None if factors is None else factors[i]
-                point = next(solve_path(x[i], y, s, loss, [C], factors=own, start=point.weight, tol=tol))
+                other = next(solve_path(x[i], y, s, loss, [C], factors=own, start=point.weight, tol=tol))
+                point = min(point, other, key=lambda each: each.gap)
             path.append(point)
         points.append(path)
     return points

@@ -39,11 +39,9 @@ class Tokens(Sequence[list[int]]):
         return len(self._ends) - 1
 
     def __getitem__(self, row: Any) -> Any:
-        if not isinstance(row, int):
+        if isinstance(row, slice):
             return [self[i] for i in range(len(self))[row]]
+        row = range(len(self))[row]
         if self._flat is None:
             self._flat = np.memmap(self._file, dtype=np.int32, mode="r")
-        if not -len(self) <= row < len(self):
-            raise IndexError(row)
-        row %= len(self)
         return self._flat[self._ends[row] : self._ends[row + 1]].tolist()
