@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -21,12 +21,12 @@ class SpinTextClassificationPipeline(TextClassificationPipeline):
     Answers as the stock pipeline does, in the order of the texts, and takes the same arguments and inputs: a text, a
     list, a generator, a ``Dataset``. But texts are tokenized together and batched with others of about their length: of
     a stream 4,096 at a time. Without ``batch_size`` a batch holds up to 4,096 tokens and hardly any padding; with it,
-    so many texts. ``num_workers`` is not needed. Any classifier may be served by it, SPIN or not.
+    so many texts. ``num_workers`` is not needed. Other classifiers are served too if they have a pad token.
     """
 
     def get_iterator(
         self,
-        inputs: Iterable[Any],
+        inputs: Any,
         num_workers: int,
         batch_size: int,
         preprocess_params: dict[str, Any],
@@ -34,7 +34,8 @@ class SpinTextClassificationPipeline(TextClassificationPipeline):
         postprocess_params: dict[str, Any],
     ) -> Iterator[Any]:
         """The answers, in the order of the texts."""
-        rest = iter(inputs)
+        # A Dataset of torch may end by its length alone.
+        rest = iter(inputs) if hasattr(inputs, "__iter__") else (inputs[i] for i in range(len(inputs)))
         while some := list(islice(rest, _AT_ONCE)):
             encoded = self._encode(some, preprocess_params)
             lengths = [len(ids) for ids in encoded["input_ids"]]

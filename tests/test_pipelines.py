@@ -14,9 +14,7 @@ class Rows(Dataset):
         return len(TEXTS)
 
     def __getitem__(self, row):
-        if row >= len(TEXTS):
-            raise IndexError
-        return TEXTS[row]
+        return dict(enumerate(TEXTS))[row]  # it ends by its length alone
 
 
 @pytest.fixture(scope="module")
