@@ -12,7 +12,7 @@ from .losses import Loss
 from .solver import PathPoint, solve_path
 
 _AT_ONCE = 4  # values of C: the strongest are most worth their while, and where a path ends the weaker were for nothing
-_SPAN = 10.0  # below which one of them is of the next: far ones are better started from the last one's solution
+_SPAN = 10.0  # values at once lie within this factor: farther ones are better started from the last solution
 
 
 def solve_paths(
