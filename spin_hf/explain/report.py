@@ -99,6 +99,8 @@ class Report:
             selection_note=self._selection_note(),
             notes=self._notes(),
             layer_charts=self._charts["layers"],
+            exits=self.result.exits,
+            blocks=self.result.settings.get("blocks") or self.result.blocks,
             neuron_charts=self._charts["neurons"],
             mistake_charts=self._charts["mistakes"],
             trust_charts=self._charts["trust"],

@@ -117,8 +117,11 @@ def test_the_cards_are_those_of_the_heaviest_neurons(page, sentiment, evaluated)
     assert sum(tag == "article" for tag, _ in page.tags) == len(wanted) == 12
     for card in wanted:
         assert f"{card.tap}, neuron {card.neuron}" in page.text
-    marked = sum(len(card.high_words) + len(card.low_words) for card in wanted)
+    marked = sum(len(card.high_words) + len(card.low_words) * card.low_words_say_something for card in wanted)
     assert sum(tag == "mark" for tag, _ in page.tags) == marked
+    for card in wanted:
+        for example in (*card.high_texts, *card.low_texts):
+            assert evaluated.texts[example.text] in page.text
 
 
 def test_neurons_that_say_the_same_are_named(sentiment, evaluated):
