@@ -64,6 +64,8 @@ def keep_exit(
     ] = False,
 ) -> None:
     """Make an ordinary classifier of one exit: its head alone, and the blocks that it needs."""
+    from .card import RECORD, read_record
+
     if Path(model).is_dir() and Path(model).resolve() == out.resolve():
         raise UserError(f"--out {out} is the classifier itself, whose other exits would be lost. Name another folder.")
     classifier, tokenizer = load_classifier(model, "cpu", trust_remote_code, backbone)
@@ -72,7 +74,10 @@ def keep_exit(
     classifier.keep_exit(exit)
     classifier.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if (Path(model) / RECORD).is_file():  # a card and a report are made from it
+        record = read_record(Path(model)).of_exit(exit, classifier.config.features)
+        record.save(out / RECORD)
     typer.echo(
         f"Saved exit {exit} to {out}: {entry['depth']} blocks, {entry['num_features']:,} features, "
-        f"{entry['score']:.4f} on the validation texts. The record of the calibration stays with {model}."
+        f"{entry['score']:.4f} on the validation texts. Scores on other texts stay with {model}."
     )

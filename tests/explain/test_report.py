@@ -285,6 +285,28 @@ def test_one_feature(make):
     assert "reads 1 neuron," in page.text
 
 
+def test_an_exit_that_was_kept(with_exits, rows, tmp_path):
+    """Its record has no confidences; with data they are measured."""
+    folder, kept = tmp_path / "several", tmp_path / "one"
+    with_exits.model.save_pretrained(folder)
+    with_exits.tokenizer.save_pretrained(folder)
+    with_exits.result.save(folder / "calibration.json")
+    wanted = with_exits.result.exits[0]
+    assert "Heads that the classifier keeps" in Report("several", with_exits.result).html()
+    assert CliRunner().invoke(app, ["keep-exit", str(folder), "--exit", "0", "--out", str(kept)]).exit_code == 0
+    assert CliRunner().invoke(app, ["report", str(kept)]).exit_code == 0
+    page = Parsed((kept / "report.html").read_text(encoding="utf-8"))
+    assert f"It knows 2 labels, reads {wanted.num_features:,} neuron" in page.text
+    assert f"runs {wanted.depth} of the backbone's blocks" in page.text
+    assert "The record has no confidences of this head." in page.text
+    assert "Heads that the classifier keeps" not in page.text
+    assert not {"reliability", "coverage"} & set(charts_of(page))
+    (kept / "test.json").write_text(json.dumps([{"text": t, "label": n} for t, n in zip(*rows.values(), strict=True)]))
+    result = CliRunner().invoke(app, ["report", str(kept), "--data", str(kept / "test.json")])
+    assert result.exit_code == 0, result.output
+    assert "reliability-data" in charts_of(Parsed((kept / "report.html").read_text(encoding="utf-8")))
+
+
 def test_regression(make):
     source = builders.make_sentiment_rows()
     source["label"] = [label + 0.1 * (row % 3) for row, label in enumerate(source["label"])]
