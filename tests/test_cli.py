@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import typer.main
 from builders import CONFIGS, make_tokenizer
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, T5Model
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 
 import spin_hf
 from spin_hf import CalibrationResult, SpinForSequenceClassification
-from spin_hf.cli import _name_of, app
+from spin_hf.cli import app
+from spin_hf.cli.make import _name_of
 from spin_hf.demo import load_split
 from spin_hf.hub import write_card
 from spin_hf.wording import in_shell_words
@@ -367,3 +369,8 @@ def test_numbers_get_names(tmp_path, minilm_path, monkeypatch):
     assert "each once" in fails(*command, "--labels", "praise")
     assert "each once" in fails(*command, "--labels", "praise", "--labels", "praise")
     assert "Leave it out" in fails(*command, *named, "--problem-type", "regression")
+
+
+def test_every_command_has_help():
+    for command in typer.main.get_command(app).commands:
+        assert f" {command} " in run(command, "--help").stdout
