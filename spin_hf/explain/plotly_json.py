@@ -85,6 +85,8 @@ def _level(chart: Chart, index: int) -> dict[str, Any]:
     level = chart.levels[index]
     xs = [x for series in chart.series for x in series.x if isinstance(x, (int, float))]
     ends = [min(xs, default=0), max(xs, default=1)]
+    if ends[0] == ends[1]:  # a line needs some length
+        ends = [ends[0] - 0.5, ends[1] + 0.5]
     return {
         "type": "scatter",
         "mode": "lines",

@@ -182,10 +182,10 @@ class Report:
         return sum(int(entry["count"]) for entry in self.result.kept)
 
     def _selection_note(self) -> str:
-        tried = len(self.result.candidates)
+        tried, on = len(self.result.candidates), self.result.data["evaluated"]
         return (
-            f"The classifier was chosen from {tried:,} candidates on the {self.result.data['evaluated']} texts, so its "
-            "score there flatters."
+            f"The classifier was chosen from {tried:,} candidate{'s' * (tried != 1)} on the {on} texts, so its score "
+            "there flatters."
         )
 
     def _validation_interval(self, name: str, score: float) -> tuple[float, float] | None:

@@ -283,6 +283,9 @@ def test_one_feature(make):
     assert made.model.config.num_features == 1
     page = Parsed(Report("one", made.result, (evaluated,)).html())
     assert "reads 1 neuron," in page.text
+    assert "The neuron that moves the answers most" in page.text
+    for chart in charts_of(page).values():
+        assert all(trace["x"][0] < trace["x"][1] for trace in chart["data"] if trace.get("mode") == "lines")
 
 
 def test_an_exit_that_was_kept(with_exits, rows, tmp_path):
