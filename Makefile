@@ -32,7 +32,7 @@ test test-pages test-quantized lowest census: export OMP_NUM_THREADS ?= 1
 test: setup
 	$(BIN)/python $(PYTEST) $(ARGS)
 
-# Report and app in a headless Chromium, the report also under axe. Skipped where there is no Chromium.
+# Report and app in a headless Chromium, and under axe. Skipped where there is no Chromium.
 test-pages: setup
 	$(BIN)/python -m pytest -rs tests/explain/test_report_page.py tests/explain/test_app_page.py $(ARGS)
 

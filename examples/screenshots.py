@@ -53,11 +53,13 @@ def main() -> None:
         parts = [page.screenshot(clip=part(page, top, 900), full_page=True) for top in tops]
         keep(beside(parts), options.out / "report-phone.webp")
         page = opened(browser, address, "#classify", width=1100, scheme="light")
-        page.fill("#text textarea", TEXT)
-        page.click("#classify")
-        page.wait_for_selector("#less table" if model.config.exits else "#layers table")
-        page.wait_for_timeout(1000)  # the bars of the probabilities grow
+        ask(page, model)
         keep(page.screenshot(full_page=True), options.out / "app.webp")
+        page = opened(browser, address, "#classify", width=390, scheme="dark")
+        ask(page, model)
+        tops = ("h1", "#words", "#less" if model.config.exits else "#layers")
+        parts = [page.screenshot(clip=part(page, top, 900), full_page=True) for top in tops]
+        keep(beside(parts), options.out / "app-phone.webp")
     app.close()
     report.unlink()
     for path in sorted(options.out.glob("*.webp")):
@@ -80,6 +82,22 @@ def opened(browser: Any, address: str, ready: str, *, width: int, scheme: str) -
     page.goto(address)
     page.wait_for_selector(ready)
     return page
+
+
+def ask(page: Any, model: Any) -> None:
+    """Classify the text, and look at a shallower exit where there is one."""
+    page.fill("#text textarea", TEXT)
+    page.click("#classify")
+    page.wait_for_selector("#layers table")
+    if model.config.exits:
+        page.wait_for_selector("#less table")
+        depths = sorted({entry["depth"] for entry in model.config.exits})
+        depth = depths[len(depths) // 2 - 1]
+        page.fill("#depth input[type=number]", str(depth))
+        page.press("#depth input[type=number]", "Enter")
+        page.wait_for_selector(f"#less [data-depth='{depth}']")
+        page.evaluate("document.activeElement.blur()")
+    page.wait_for_timeout(1000)  # the bars of the probabilities grow
 
 
 def draw_all(page: Any) -> None:

@@ -4,15 +4,18 @@ import json
 import re
 
 import pytest
+import typer.main
 from builders import CONFIGS, make_tokenizer
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, T5Model
 from typer.testing import CliRunner
 
 import spin_hf
-from spin_hf import SpinForSequenceClassification
-from spin_hf.cli import _name_of, app
+from spin_hf import CalibrationResult, SpinForSequenceClassification
+from spin_hf.cli import app
+from spin_hf.cli.make import _name_of
 from spin_hf.demo import load_split
+from spin_hf.hub import write_card
 from spin_hf.wording import in_shell_words
 
 runner = CliRunner()
@@ -249,6 +252,13 @@ def test_exits(files, classifier, tmp_path, minilm_path):
     assert f"{entries[0]['depth']} blocks, {entries[0]['num_features']:,} features" in kept
     assert json.loads((tmp_path / "kept" / "config.json").read_text())["exits"] == []
     assert json.loads(run("predict", tmp_path / "kept", "I love it.").stdout)["scores"] == first["scores"]
+    record = CalibrationResult.load(tmp_path / "kept" / "calibration.json")
+    assert (record.chosen.num_features, record.blocks) == (entries[0]["num_features"], entries[0]["depth"])
+    assert sum(entry["count"] for entry in record.kept) == entries[0]["num_features"]
+    assert record.chosen.score == pytest.approx(entries[0]["score"])
+    card = write_card(tmp_path / "kept").read_text()
+    assert "one of" in card or record.best == record.chosen
+    assert "Nobody measured how far its probabilities can be trusted." in card
     assert "whose other exits would be lost" in fails(
         "keep-exit", tmp_path / "out", "--exit", 0, "--out", tmp_path / "out"
     )
@@ -359,3 +369,8 @@ def test_numbers_get_names(tmp_path, minilm_path, monkeypatch):
     assert "each once" in fails(*command, "--labels", "praise")
     assert "each once" in fails(*command, "--labels", "praise", "--labels", "praise")
     assert "Leave it out" in fails(*command, *named, "--problem-type", "regression")
+
+
+def test_every_command_has_help():
+    for command in typer.main.get_command(app).commands:
+        assert f" {command} " in run(command, "--help").stdout

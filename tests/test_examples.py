@@ -231,7 +231,10 @@ def test_gradio_app(classifier, monkeypatch):
     monkeypatch.setattr("sys.argv", ["gradio_app.py"])
     monkeypatch.setenv("SPIN_CLASSIFIER", str(classifier))  # as on a Space
     runpy.run_path(str(EXAMPLES / "gradio_app.py"), run_name="__main__")
-    assert served == [("model: a SPIN classifier", {"server_port": None})]
+    ((title, options),) = served
+    assert title == "model: a SPIN classifier"
+    assert options["server_port"] is None
+    assert options["theme"] is not None  # the page's own colours
 
 
 def test_screenshots(classifier, tmp_path):
@@ -241,7 +244,7 @@ def test_screenshots(classifier, tmp_path):
         pytest.skip("pictures are taken where Chromium is installed")
     run_example("screenshots.py", classifier, "--out", tmp_path, "--rows", 20)
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert set(sizes) == {"report.webp", "report-phone.webp", "app.webp"}
+    assert set(sizes) == {"report.webp", "report-phone.webp", "app.webp", "app-phone.webp"}
     assert min(sizes.values()) > 10_000
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ class CalibrationResult:
         convergence: worst relative duality gap of the probes, how many missed the tolerance, the final head's gap.
         probes: for each (tap, pooling) the chosen C, its score, its neurons and the score at every C.
         settings: the options that made it.
-        confidence: how far the probabilities can be trusted; ``None`` for regression.
+        confidence: how far the probabilities can be trusted; ``None`` for regression, and for an exit that was kept.
         skipped: how many candidates were left out, since they have more than ``max_features``.
         exits: the heads that the model keeps beside the chosen one, by their numbers; see ``exits=True``.
         intervals: of 95% for the scores of the baselines and of ``"SPIN"``, by a bootstrap over the evaluation rows;
@@ -148,6 +148,20 @@ class CalibrationResult:
 
     def _exit(self, number: int) -> str:
         return f"{number} ({_short(self.exits[number])})"
+
+    def of_exit(self, exit: int, kept: Sequence[Mapping[str, Any]]) -> CalibrationResult:
+        """The record of the ordinary classifier that ``model.keep_exit(exit)`` leaves.
+
+        Left out is what was measured of the chosen head alone: :attr:`confidence`, and its interval.
+
+        Args:
+            exit: number in :attr:`exits`.
+            kept: the features of that classifier, its ``config.features``.
+        """
+        intervals = {name: ends for name, ends in self.intervals.items() if name != "SPIN"}
+        return replace(
+            self, chosen=self.exits[exit], kept=tuple(kept), exits=(), confidence=None, intervals=intervals
+        )  # fmt: skip
 
     def to_pandas(self) -> pd.DataFrame:
         """All candidates as a frame, best first; ``on_frontier`` marks those of :attr:`frontier`.

@@ -55,7 +55,7 @@ def app_of(answerer: Answerer, *, title: str) -> gradio.Blocks:
         answer = answerer.answer(text, pair, min_confidence=given)
         shown = [answer, answer.headline]
         if not answerer.regression:
-            shown.append(answer.row["scores"])
+            shown.append(library.update(value=answer.row["scores"], visible=True))
         label = library.update(value=answer.label)
         return [*shown, label, answer.words_html(answer.label), answer.layers_html(answer.label)]
 
@@ -68,7 +68,7 @@ def app_of(answerer: Answerer, *, title: str) -> gradio.Blocks:
         return answer.change_html(depth, eta, answerer.heat_at(answer, depth, eta, label))
 
     app: gradio.Blocks
-    with library.Blocks(title=f"{title}: a SPIN classifier", analytics_enabled=False) as app:
+    with _blocks(library)(title=f"{title}: a SPIN classifier", analytics_enabled=False) as app:
         facts = f"{model.config.num_features:,} neurons are read, in {model.spin.depth} blocks of the backbone."
         library.Markdown(f"# {_plain(title)}\n{facts}")
         answer = library.State(None)
@@ -83,9 +83,10 @@ def app_of(answerer: Answerer, *, title: str) -> gradio.Blocks:
             with library.Column():
                 outputs = [answer, library.Textbox(label="Answer", interactive=False, elem_id="answer")]
                 if not answerer.regression:
-                    outputs.append(
-                        library.Label(label="Probabilities", num_top_classes=8, show_heading=False, elem_id="scores")
+                    scores = library.Label(
+                        label="Probabilities", num_top_classes=8, show_heading=False, visible=False, elem_id="scores"
                     )
+                    outputs.append(scores)
         library.Markdown("## Words for and against")
         label = library.Dropdown(names, value=names[0], label="Label", visible=len(names) > 1, elem_id="label")
         words = library.HTML(elem_id="words", css_template=css)
@@ -107,6 +108,20 @@ def app_of(answerer: Answerer, *, title: str) -> gradio.Blocks:
         for moved in (depth.change, eta.change, label.input):
             moved(change, [answer, depth, eta, label], less, show_progress="hidden")
     return app
+
+
+def _blocks(library: Any) -> type[gradio.Blocks]:
+    """Blocks in the colours of the words: blue, since orange means against; and with enough contrast to be read."""
+
+    class Page(library.Blocks):
+        def launch(self, *args: Any, **options: Any) -> Any:
+            blue = {f"button_primary_background_fill{end}": "*primary_700" for end in ("", "_dark")}
+            blue |= {f"button_primary_background_fill_hover{end}": "*primary_800" for end in ("", "_dark")}
+            grey = {"body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300"}
+            theme = library.themes.Default(primary_hue="blue", secondary_hue="blue").set(**blue, **grey)
+            return super().launch(*args, **{"theme": theme, "footer_links": [], **options})
+
+    return Page
 
 
 def _gradio() -> Any:

@@ -80,6 +80,18 @@ class NeuronCard:
     low_words: tuple[WordExample, ...]
     label_means: tuple[float, ...] | None = None
 
+    @property
+    def low_words_say_something(self) -> bool:
+        """Whether the words where it is low tell more than that it is not high there.
+
+        They don't where maxima alone are read, nor where the lowest are the floor of the activation function, which
+        hundreds of words share.
+        """
+        if set(self.poolings) == {"max"} or not self.low_words:
+            return False
+        lowest, span = self.low_words[0].value, self.high_words[0].value - self.low_words[0].value
+        return len(self.low_words) == 1 or self.low_words[-1].value - lowest > 0.01 * span
+
 
 @dataclass(frozen=True)
 class NeuronCards(Sequence[NeuronCard]):
@@ -313,7 +325,12 @@ def _context(texts: Sequence[str], tokens: Sequence[Token], words: Sequence[Word
         )
         return before, word.text, after
     text = texts[word.part]
-    return text[max(0, word.start - _AROUND) : word.start], word.text, text[word.end : word.end + _AROUND]
+    before, after = text[: word.start][-_AROUND:], text[word.end :][:_AROUND]
+    if len(before) < word.start and " " in before:  # no half a word
+        before = before[before.index(" ") + 1 :]
+    if word.end + len(after) < len(text) and " " in after:
+        after = after[: after.rindex(" ")]
+    return before, word.text, after
 
 
 def _centred(reading: Reading) -> np.ndarray:

@@ -102,6 +102,7 @@ class Grid:
         columns, rows: their names, left to right and top to bottom.
         values: ``rows x columns`` numbers; ``None`` for none.
         value_title: what the numbers are.
+        most: the number of the strongest shade, the largest of all by default.
         numbered: also write the numbers into the cells.
         digits: behind the point.
     """
@@ -115,8 +116,15 @@ class Grid:
     rows: tuple[str, ...]
     values: tuple[tuple[float | None, ...], ...]
     value_title: str
+    most: float | None = None
     numbered: bool = True
     digits: int = 0
+
+    @property
+    def top(self) -> float:
+        """The number of the strongest shade; that of none is 0."""
+        largest = max((value for row in self.values for value in row if value is not None), default=0.0)
+        return (largest if self.most is None else self.most) or 1.0
 
     def table(self) -> tuple[tuple[str, ...], Iterator[tuple[Value, ...]]]:
         """Head and rows of the same facts; of many columns only the cells that hold something."""

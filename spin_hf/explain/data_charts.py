@@ -49,6 +49,7 @@ def overlap_grid(cards: NeuronCards) -> Grid | None:
         rows=cards.names,
         values=tuple(tuple(round(share, 2) if share == share else None for share in row) for row in shares.tolist()),
         value_title="share of the neurons in common",
+        most=1.0,
         digits=2,
     )
 
@@ -75,7 +76,7 @@ def trust(evaluated: Evaluated) -> list[Figure]:
         reliability_chart(
             [("as the model says", found)],
             name="reliability-data",
-            title=f"The same on {evaluated.name}",
+            title=f"How far they can be trusted on {evaluated.name}",
             about=f"{len(evaluated.texts):,} texts, with the temperature that is stored in the model.",
         )
     ]

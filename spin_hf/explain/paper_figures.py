@@ -108,7 +108,7 @@ def _draw_series(axes: Axes, series: Series, *, sideways: bool) -> None:
 
 def _draw_grid(picture: Picture, axes: Axes, grid: Grid) -> None:
     values = [[float("nan") if value is None else float(value) for value in row] for row in grid.values]
-    image = axes.imshow(values, cmap="Blues", aspect="auto", vmin=0)
+    image = axes.imshow(values, cmap="Blues", aspect="auto", vmin=0, vmax=grid.top)
     for axis, names in ((axes.xaxis, grid.columns), (axes.yaxis, grid.rows)):
         step = max(1, -(-len(names) // _MOST_TICKS))
         axis.set_ticks(range(0, len(names), step), [_text(name) for name in names[::step]])
@@ -118,7 +118,7 @@ def _draw_grid(picture: Picture, axes: Axes, grid: Grid) -> None:
     axes.set_ylabel(_text(grid.y_title))
     picture.colorbar(image, label=_text(grid.value_title))
     if grid.numbered and max(len(grid.columns), len(grid.rows)) <= _MOST_TICKS:
-        middle = max((value for row in values for value in row if value == value), default=0) / 2
+        middle = 0.6 * grid.top  # of these blues, those beyond are dark
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 if value == value:  # no number in a gap

@@ -22,15 +22,15 @@ def plotly_json(chart: Figure) -> dict[str, Any]:
 
 
 def _chart(chart: Chart) -> dict[str, Any]:
-    x_axis: dict[str, Any] = {"title": {"text": chart.x_title}, "automargin": True}
-    y_axis: dict[str, Any] = {"title": {"text": chart.y_title}, "automargin": True}
+    x_axis: dict[str, Any] = {"title": _title(chart.x_title), "automargin": True}
+    y_axis: dict[str, Any] = {"title": _title(chart.y_title), "automargin": True}
     if chart.log_x:
         x_axis.update(type="log", dtick=1)
     if chart.x_whole:
         x_axis.update(dtick=max(1, round(_span(chart) / 14)))
     if chart.sideways:
         y_axis.update(type="category", autorange="reversed", title={"text": ""})
-        x_axis["title"] = {"text": chart.y_title}
+        x_axis["title"] = _title(chart.y_title)
     shapes: list[dict[str, Any]] = []
     traces = [_trace(series, sideways=chart.sideways) for series in chart.series]
     traces += [_level(chart, i) for i in range(len(chart.levels))]
@@ -85,6 +85,8 @@ def _level(chart: Chart, index: int) -> dict[str, Any]:
     level = chart.levels[index]
     xs = [x for series in chart.series for x in series.x if isinstance(x, (int, float))]
     ends = [min(xs, default=0), max(xs, default=1)]
+    if ends[0] == ends[1]:  # a line needs some length
+        ends = [ends[0] - 0.5, ends[1] + 0.5]
     return {
         "type": "scatter",
         "mode": "lines",
@@ -105,6 +107,8 @@ def _grid(grid: Grid) -> dict[str, Any]:
         "x": list(range(len(grid.columns))),
         "y": list(range(len(grid.rows))),
         "z": [list(row) for row in grid.values],
+        "zmin": 0,
+        "zmax": grid.top,
         "hovertext": [
             [f"{escape(grid.y_title)} {row}<br>{escape(grid.x_title)} {column}" for column in names[0]]
             for row in names[1]
@@ -136,14 +140,19 @@ def _grid(grid: Grid) -> dict[str, Any]:
     return {
         "data": [trace],
         "layout": {
-            "xaxis": {"title": {"text": escape(grid.x_title)}, "automargin": True, "showgrid": False, **x_ticks},
+            "xaxis": {"title": _title(escape(grid.x_title)), "automargin": True, "showgrid": False, **x_ticks},
             "yaxis": {
-                "title": {"text": escape(grid.y_title)}, "automargin": True, "autorange": "reversed", "showgrid": False,
+                "title": _title(escape(grid.y_title)), "automargin": True, "autorange": "reversed", "showgrid": False,
                 **y_ticks,
             },
             "showlegend": False,
         },
     }  # fmt: skip
+
+
+def _title(text: str) -> dict[str, Any]:
+    """Of an axis, off its names, however long these are."""
+    return {"text": text, "standoff": 8}
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from ..modeling_spin import SpinForSequenceClassification
 from . import record_charts as record
 from .charts import Figure
 from .data_charts import confusion_grid, mistakes, overlap_grid, trust
-from .evaluation import MOST_CARDS, MOST_CELLS, MULTI, SINGLE, Evaluated, Score
+from .evaluation import MOST_CARDS, MOST_CELLS, MULTI, REGRESSION, SINGLE, Evaluated, Score
 from .page import render
 from .plotly_json import plotly_json
 
@@ -99,9 +99,12 @@ class Report:
             selection_note=self._selection_note(),
             notes=self._notes(),
             layer_charts=self._charts["layers"],
+            exits=self.result.exits,
+            blocks=self.result.settings.get("blocks") or self.result.blocks,
             neuron_charts=self._charts["neurons"],
             mistake_charts=self._charts["mistakes"],
             trust_charts=self._charts["trust"],
+            no_trust=None if self._regression else self._missing("The record has no confidences of this head."),
             cost_charts=self._charts["costs"],
             first=self.first,
             cards=self.first.cards[:MOST_CARDS] if self.first and self.first.cards else (),
@@ -143,8 +146,9 @@ class Report:
             wrong = [confusion_grid(names, counts, rows=self.test["rows"], of="the test")]
         believed: list[Figure] = []
         if result.confidence is not None:
-            believed = [record.reliability(result.confidence, rows=result.data["eval_rows"])]
-            believed += trust(first) if first else []
+            believed.append(record.reliability(result.confidence, rows=result.data["eval_rows"]))
+        believed += trust(first) if first else []
+        if result.confidence is not None:
             believed.append(record.coverage(result.confidence))
         found: dict[str, list[Figure | None]] = {
             "layers": [*layers],
@@ -165,19 +169,23 @@ class Report:
 
     def _facts(self) -> str:
         labels = self.result.data["labels"]
-        what = "It predicts a number" if self.result.confidence is None else f"It knows {len(labels):,} labels"
+        what = "It predicts a number" if self._regression else f"It knows {len(labels):,} labels"
         neurons = f"{self._neurons:,} neuron{'s' * (self._neurons != 1)}"
         return f"{what}, reads {neurons}, and runs {self.result.blocks} of the backbone's blocks."
+
+    @property
+    def _regression(self) -> bool:
+        return METRICS[self.result.metric][1] == (REGRESSION,)
 
     @property
     def _neurons(self) -> int:
         return sum(int(entry["count"]) for entry in self.result.kept)
 
     def _selection_note(self) -> str:
-        tried = len(self.result.candidates)
+        tried, on = len(self.result.candidates), self.result.data["evaluated"]
         return (
-            f"The classifier is the best of {tried:,} candidates on the {self.result.data['evaluated']} texts, so its "
-            "score there flatters."
+            f"The classifier was chosen from {tried:,} candidate{'s' * (tried != 1)} on the {on} texts, so its score "
+            "there flatters."
         )
 
     def _validation_interval(self, name: str, score: float) -> tuple[float, float] | None:

@@ -87,6 +87,75 @@ def test_type_click_move_and_read(serve, open_page, with_exits):
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_passes_axe(serve, open_page, with_exits, width, scheme):
+    """With a text typed, answered, and at another depth: ours and what Gradio makes of it."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe comes with the extra browser")
+    page = open_page(serve(with_exits), viewport={"width": width, "height": 844}, color_scheme=scheme)
+    dark = page.evaluate("document.body.classList.contains('dark')")
+    assert dark == (scheme == "dark")
+
+    def violations():
+        page.wait_for_timeout(500)  # what moves in and fades in has come
+        found = axe.Axe().run(page).response
+        assert len(found["passes"]) > 20
+        return [(v["id"], [node["html"] for node in v["nodes"]]) for v in found["violations"]]
+
+    page.fill("#text textarea", TEXT)
+    assert violations() == []
+    classify(page, TEXT)
+    page.wait_for_selector("#less [data-depth]")
+    assert violations() == []
+    first = Answerer(with_exits.model, with_exits.tokenizer).depths[0]
+    page.fill("#depth input[type=number]", str(first))
+    page.press("#depth input[type=number]", "Enter")
+    page.wait_for_selector(f"#less [data-depth='{first}']")
+    assert violations() == []
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_axe_would_find_something(serve, open_page, sentiment):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe comes with the extra browser")
+    page = open_page(serve(sentiment), color_scheme="light")
+    page.wait_for_timeout(500)
+    page.evaluate("document.querySelector('h1').style.color = '#eeeeee'")
+    assert [v["id"] for v in axe.Axe().run(page).response["violations"]] == ["color-contrast"]
+
+
+def test_the_depths_decide_one_after_another_and_eta_moves(serve, open_page, with_exits):
+    answerer = Answerer(with_exits.model, with_exits.tokenizer)
+    wanted = answerer.answer(TEXT)
+    page = open_page(serve(with_exits))
+    classify(page, TEXT)
+    heads = [head.text_content() for head in page.locator("#layers .steps thead th").all()][1:]
+    assert sorted(heads) == sorted(answerer.names)
+    deepest = {depth: step_at(wanted.steps, depth, 1.0) for depth in answerer.depths}
+    for row in page.locator("#layers .steps tbody tr").all():
+        step = deepest[int(row.locator("th").text_content())]
+        values = [step.values[answerer.names.index(name)] for name in heads]
+        assert [cell.text_content() for cell in row.locator(".n").all()] == [f"{value:.2f}" for value in values]
+        best = row.locator(".best").all()
+        assert [cell.text_content() for cell in best][:1] == [f"{max(values):.2f}"]
+    so_far = [row.locator("td").last.text_content() for row in page.locator("#layers .blocks tbody tr").all()]
+    number = answerer.names.index(wanted.label)
+    assert float(so_far[0]) == pytest.approx(wanted.explanation.base[number], abs=0.006)
+    assert float(so_far[-1]) == pytest.approx(wanted.explanation.logits[number], abs=0.006)
+
+    page.wait_for_selector("#less [data-eta]")
+    least, most = answerer.etas[0], answerer.etas[-1]
+    assert page.locator("#less [data-eta]").get_attribute("data-eta") == f"{most}"
+    page.fill("#eta input[type=number]", str(least))
+    page.press("#eta input[type=number]", "Enter")
+    page.wait_for_selector(f"#less [data-eta='{least}']")
+    step = step_at(wanted.steps, answerer.depths[-1], least)
+    assert f"{step.neurons:,} neurons" in page.locator("#less").text_content()
+    heat = answerer.heat_at(wanted, answerer.depths[-1], least, wanted.label)
+    titles = [part.told for part in heat.texts[0] if part.told]
+    assert [word.get_attribute("title") for word in page.locator("#less .word").all()] == titles
+    assert f"the logit {heat.logit:+.2f}" in page.locator("#less").text_content()
+
+
 def test_another_label_shows_its_own_words(serve, open_page, with_exits):
     page = open_page(serve(with_exits))
     classify(page, TEXT)

@@ -187,6 +187,22 @@ def test_company_does_not_matter(batching, batch_tokens, tokenizer):
         assert one.tokens == other.tokens
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("windows", [None, Windows(12, 3, 1, 1)])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "both"])
+def test_the_parts_are_those_of_the_models_answer_to_left_padded_texts(name, windows, dtype, tokenizer):
+    model = with_exits(classifier(name, taps=["hidden.0", "ffn.1"]))
+    model.config.windows = None if windows is None else windows.to_dict()
+    model.spin.backbone.to(dtype)
+    batch = tokenizer(TEXTS, padding=True, padding_side="left", return_tensors="pt")
+    for exit in (None, len(model.config.exits) - 1):
+        with torch.no_grad():
+            wanted = model(**batch, exit=exit).logits.numpy()
+        found = explain(model, tokenizer, TEXTS, exit=exit)
+        sums = np.stack([row.base + row.token_contributions.sum(0) for row in found])
+        assert (np.abs(sums - wanted) / np.maximum(1, np.abs(wanted))).max() <= 1e-4
+
+
 def test_a_backbone_in_bfloat16(tokenizer):
     model = calibrated(make_backbone("bert").to(torch.bfloat16))
     assert explain(model, tokenizer, TEXTS).worst_error <= 1e-5

@@ -6,7 +6,7 @@ import torch
 from builders import calibrated, make_backbone, make_sentiment_rows
 
 from spin_hf.calibration.errors import CalibrationError
-from spin_hf.explain import explain, neuron_cards
+from spin_hf.explain import NeuronCard, WordExample, explain, neuron_cards
 from spin_hf.windows import Windows
 
 ROWS = make_sentiment_rows(40)
@@ -54,6 +54,33 @@ def test_cards_against_the_values(tokenizer, labels):
             assert example.before + example.word + example.after in TEXTS[example.text]
             own = [value for word, value in words[example.text] if word == example.word]
             assert min(abs(value - example.value) for value in own) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("poolings", "low", "says"),
+    [
+        (("mean",), (-2.0, -1.5), True),
+        (("max", "mean"), (-2.0, -1.5), True),
+        (("max",), (-2.0, -1.5), False),  # no minimum is read
+        (("mean",), (-0.17, -0.17), False),  # the floor of a GELU
+        (("mean",), (-0.17,), True),
+        (("mean",), (), False),
+    ],
+)
+def test_low_words_that_say_something(poolings, low, says):
+    high, lows = (tuple(WordExample(0, "", "word", "", value) for value in values) for values in ((3.0, 2.0), low))
+    card = NeuronCard("ffn.1", 0, poolings, "good", (0.0, 1.0), 1.0, 0, (), (), high, lows)
+    assert card.low_words_say_something is says
+
+
+def test_no_half_words_stand_around_a_word(tokenizer):
+    model = calibrated(make_backbone("bert"), poolings=["mean"])
+    text = " ".join(f"{word} film" for word in TEXTS[0].split()) + " with a remarkable ending that everybody liked"
+    cards = neuron_cards(model, tokenizer, [text, text.upper()], count=2)
+    words = set(text.split()) | set(text.upper().split())
+    for card in cards:
+        for example in (*card.high_words, *card.low_words):
+            assert {*example.before.split(), *example.after.split()} <= words
 
 
 def test_neurons_that_say_the_same_are_one_group(tokenizer):

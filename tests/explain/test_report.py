@@ -117,8 +117,11 @@ def test_the_cards_are_those_of_the_heaviest_neurons(page, sentiment, evaluated)
     assert sum(tag == "article" for tag, _ in page.tags) == len(wanted) == 12
     for card in wanted:
         assert f"{card.tap}, neuron {card.neuron}" in page.text
-    marked = sum(len(card.high_words) + len(card.low_words) for card in wanted)
+    marked = sum(len(card.high_words) + len(card.low_words) * card.low_words_say_something for card in wanted)
     assert sum(tag == "mark" for tag, _ in page.tags) == marked
+    for card in wanted:
+        for example in (*card.high_texts, *card.low_texts):
+            assert evaluated.texts[example.text] in page.text
 
 
 def test_neurons_that_say_the_same_are_named(sentiment, evaluated):
@@ -280,6 +283,31 @@ def test_one_feature(make):
     assert made.model.config.num_features == 1
     page = Parsed(Report("one", made.result, (evaluated,)).html())
     assert "reads 1 neuron," in page.text
+    assert "The neuron that moves the answers most" in page.text
+    for chart in charts_of(page).values():
+        assert all(trace["x"][0] < trace["x"][1] for trace in chart["data"] if trace.get("mode") == "lines")
+
+
+def test_an_exit_that_was_kept(with_exits, rows, tmp_path):
+    """Its record has no confidences; with data they are measured."""
+    folder, kept = tmp_path / "several", tmp_path / "one"
+    with_exits.model.save_pretrained(folder)
+    with_exits.tokenizer.save_pretrained(folder)
+    with_exits.result.save(folder / "calibration.json")
+    wanted = with_exits.result.exits[0]
+    assert "Heads that the classifier keeps" in Report("several", with_exits.result).html()
+    assert CliRunner().invoke(app, ["keep-exit", str(folder), "--exit", "0", "--out", str(kept)]).exit_code == 0
+    assert CliRunner().invoke(app, ["report", str(kept)]).exit_code == 0
+    page = Parsed((kept / "report.html").read_text(encoding="utf-8"))
+    assert f"It knows 2 labels, reads {wanted.num_features:,} neuron" in page.text
+    assert f"runs {wanted.depth} of the backbone's blocks" in page.text
+    assert "The record has no confidences of this head." in page.text
+    assert "Heads that the classifier keeps" not in page.text
+    assert not {"reliability", "coverage"} & set(charts_of(page))
+    (kept / "test.json").write_text(json.dumps([{"text": t, "label": n} for t, n in zip(*rows.values(), strict=True)]))
+    result = CliRunner().invoke(app, ["report", str(kept), "--data", str(kept / "test.json")])
+    assert result.exit_code == 0, result.output
+    assert "reliability-data" in charts_of(Parsed((kept / "report.html").read_text(encoding="utf-8")))
 
 
 def test_regression(make):

@@ -21,7 +21,7 @@
     for (const trace of data) {
       const { colour } = trace.meta;
       if (colour === "scale") {
-        Object.assign(trace, { colorscale: SCALES[mode], zmin: 0, textfont: { color: ink } });
+        Object.assign(trace, { colorscale: SCALES[mode], textfont: { color: ink } });
         continue;
       }
       const value = named[colour] || PALETTES[mode][colour % 6];

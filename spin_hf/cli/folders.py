@@ -1,4 +1,4 @@
-"""``spin-hf push`` and ``spin-hf keep-exit``."""
+"""``spin-hf cache``, ``push`` and ``keep-exit``: what lies in folders is listed, uploaded and cut down."""
 
 from __future__ import annotations
 
@@ -7,10 +7,40 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Column, Table
 
 from ..exits import demand_exit
+from ..hub.folder import Form
 from ..loading import UserError, load_classifier
-from .folder import Form
+from .shared import console
+
+
+def cache(
+    folder: Annotated[Path, typer.Argument(help="What was given as --cache-dir.")],
+    clear: Annotated[bool, typer.Option("--clear", help="Remove the features; none that are being written.")] = False,
+) -> None:
+    """List the features that calibrations have kept, or remove them."""
+    from ..calibration.cache import clear_store, list_stores
+
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder.")
+    stores = list_stores(folder)
+    table = Table("folder", "backbone", *(Column(name, justify="right") for name in ("texts", "done", "MB", "used")))
+    for store in stores:
+        state = "now" if store.in_use else f"{_ago(store.age)} ago"
+        size = f"{store.bytes / 1e6:,.1f}"
+        table.add_row(store.folder.name[:12], store.backbone, f"{store.texts:,}", f"{store.done:.0%}", size, state)
+    if stores:
+        console.print(table)
+    console.print(
+        f"{len(stores)} store{'s' * (len(stores) != 1)}, {sum(s.bytes for s in stores) / 1e6:,.1f} MB in {folder}",
+        soft_wrap=True,
+    )
+    if clear:
+        idle = [store for store in stores if not store.in_use]
+        for store in idle:
+            clear_store(store)
+        console.print(f"{len(idle)} removed.")
 
 
 class FormName(str, Enum):
@@ -40,7 +70,7 @@ def push(
     ] = False,
 ) -> None:
     """Upload a classifier with its tokenizer and card to the Hub, in one commit."""
-    from .push import push_to_hub
+    from ..hub.push import push_to_hub
 
     commit = push_to_hub(
         folder,
@@ -64,6 +94,8 @@ def keep_exit(
     ] = False,
 ) -> None:
     """Make an ordinary classifier of one exit: its head alone, and the blocks that it needs."""
+    from ..hub.card import RECORD, read_record
+
     if Path(model).is_dir() and Path(model).resolve() == out.resolve():
         raise UserError(f"--out {out} is the classifier itself, whose other exits would be lost. Name another folder.")
     classifier, tokenizer = load_classifier(model, "cpu", trust_remote_code, backbone)
@@ -72,7 +104,17 @@ def keep_exit(
     classifier.keep_exit(exit)
     classifier.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if (Path(model) / RECORD).is_file():  # a card and a report are made from it
+        record = read_record(Path(model)).of_exit(exit, classifier.config.features)
+        record.save(out / RECORD)
     typer.echo(
         f"Saved exit {exit} to {out}: {entry['depth']} blocks, {entry['num_features']:,} features, "
-        f"{entry['score']:.4f} on the validation texts. The record of the calibration stays with {model}."
+        f"{entry['score']:.4f} on the validation texts. Scores on other texts stay with {model}."
     )
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,4 +1,4 @@
-"""``spin-hf report`` and ``spin-hf app``."""
+"""``spin-hf report`` and ``spin-hf app``: classifiers are looked at."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from typing import Annotated
 import typer
 
 from ..loading import UserError, load_classifier
-
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")]
-Backbone = Annotated[str | None, typer.Option(help="Of a head-only classifier: the backbone's folder or Hub id.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the backbone's repository.")]
+from .shared import Backbone, Device, LabelColumn, Model, TextColumn, TrustRemoteCode
 
 
 def report(
@@ -25,19 +22,17 @@ def report(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The file; report.html in the folder by default.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Also write every chart here, as PNG and as SVG.")] = None,
-    text_column: Annotated[
-        list[str] | None, typer.Option(help="Column of the texts; twice for sentence pairs.")
-    ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels.")] = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     device: Device = None,
     backbone: Backbone = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show a classifier in one HTML file: scores, layers, neurons, mistakes, examples and costs."""
     from ..calibration.sources import split_of
+    from ..explain.evaluation import Evaluated
+    from ..explain.report import Report
     from ..hub.card import read_evaluation, read_record
-    from .evaluation import Evaluated
-    from .report import Report
 
     result, test = read_record(folder), read_evaluation(folder)
     evaluated: list[Evaluated] = []
@@ -54,7 +49,7 @@ def report(
     typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB). Open it in a browser.")
     if figures is not None:
         try:
-            from .paper_figures import save_figures
+            from ..explain.paper_figures import save_figures
 
             written = save_figures(made.charts(), figures)
         except ImportError:
@@ -63,7 +58,7 @@ def report(
 
 
 def app(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a classifier.")],
+    model: Model,
     port: Annotated[int | None, typer.Option(help="By default the first free one from 7860 on.")] = None,
     host: Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     device: Device = None,
@@ -71,7 +66,7 @@ def app(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Open a page to try a classifier on: type a text, see the answer, its words and its layers."""
-    from .app import make_app
+    from ..explain.app import make_app
 
     page = make_app(model, device=device, backbone=backbone, trust_remote_code=trust_remote_code)
     try:
