@@ -17,7 +17,7 @@ from ..depth import nearest_depth, why_whole
 from ..modeling_spin import SpinForSequenceClassification
 from ..structure import has_routed_experts
 from ..taps import Tap, model_device, tap_width
-from .cache import open_store, remembered
+from .cache import key_of, known_batching, open_store
 from .errors import CalibrationError, demand_between, demand_whole
 from .exits import check_exits, fit_exits
 from .extraction import Encoded, check_tokenizer, encode, extract, fingerprint, plan_batches, window
@@ -210,14 +210,20 @@ def spin_calibrate(
         )
         pad = int(tokenizer.pad_token_id)
         with clock("extract"):
-            known = remembered(cache_dir, key).get("batching") if ranks.main else None
+            known = known_batching(cache_dir, key) if ranks.main else None
             find = partial(find_batching, model.spin, read, encoded.samples(6), pad)
             model.config.batching = ranks.on_main(lambda: known or find())
         batches = plan_batches(encoded.lengths, batch_tokens, model.config.batching)
         about = {"backbone": model.config.backbone_id, "texts": len(rows), "tokens": sum(encoded.lengths)}
         about["batching"] = model.config.batching
         with open_store(
-            cache_dir, key=key, ranks=ranks, widths=widths, poolings=recipe.poolings, batches=batches, about=about
+            cache_dir,
+            key=key_of(key, model.config.batching),
+            ranks=ranks,
+            widths=widths,
+            poolings=recipe.poolings,
+            batches=batches,
+            about=about,
         ) as (store, missing):
             with clock("extract"), show.bar("Reading the backbone", sum(encoded.lengths)) as advance, ranks.together():
                 advance(sum(encoded.lengths) - sum(encoded.lengths[row] for i in missing for row in batches[i]))
