@@ -21,7 +21,8 @@ from .progress import Show
 from .ranks import Ranks
 from .recipe import Recipe
 from .resampling import bootstrap_interval
-from .selection import Candidate, probe_candidate, read_features, smallest_within_error, winner
+from .selection import Candidate, probe_candidate, smallest_within_error, winner
+from .shared_columns import read_features
 from .store import FeatureStore
 from .task import METRICS, Task
 
@@ -100,6 +101,7 @@ def try_heads(
     settings = recipe, tol, fitter.tol
     sets = [(grid, heads) for grid in grids for heads in head_sets(grid, depths, combine=recipe.combine)]
     sets = sets if recipe.etas else []
+    fitter = fitter.sharing([heads for _, heads in sets], etas=recipe.etas, max_features=recipe.max_features)
     with show.bar("Fitting heads", len(sets)) as advance:
         found = ranks.map(
             sets,
