@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from ..features import FeatureGroup
 from ..taps import Tap
 from .batched import L1, L2, Penalty, pays, solve_together
 from .blocks import empty, take_columns
-from .probes import Labelled, Probe, standardise
+from .halving import in_halves, is_out_of_memory, no_room_to_solve
+from .probes import Labelled, Probe, most_together, solver_bytes, standardise
 from .ridge import curvature_gram, solve_ridge
 from .selection import Candidate, Columns, combinations, members
 from .shared_columns import Readable, SharedColumns
@@ -163,7 +165,21 @@ class HeadFitter:
         y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
         indices = [torch.from_numpy(np.flatnonzero(columns.kept(eta, depth))).to(self.device) for eta in etas]
         if pays(x.device) and x.shape[1]:
-            yield from zip(etas, self._fit_together(x, held, columns, indices, rows), strict=True)
+            values = 1 if self.penalty == "l1" else len(_LOGIT_VARIANCES)
+            each = solver_bytes(len(x), x.shape[1], values, y.shape[1])
+            count = most_together(each, shared=2 * 4 * x.numel())
+
+            def solve(group: Sequence[Tensor]) -> list[list[Tensor]]:
+                try:
+                    return list(self._fit_together(x, held, columns, group, rows))
+                except (RuntimeError, MemoryError) as error:
+                    if len(group) == 1 and is_out_of_memory(error):
+                        raise no_room_to_solve("A head", len(x), x.device, error) from error
+                    raise
+
+            groups = [indices[i : i + count] for i in range(0, len(indices), count)]
+            parts = chain.from_iterable(in_halves(group, solve) for group in groups)
+            yield from zip(etas, chain.from_iterable(parts), strict=True)
             return
         sharing = [index for index in indices if len(index) <= len(x)]  # wider ones are solved in the rows' coordinates
         gram: Tensor | None = None
@@ -191,7 +207,7 @@ class HeadFitter:
     def _fit_together(
         self, x: Tensor, held_out: Tensor, columns: Columns, indices: Sequence[Tensor], rows: np.ndarray
     ) -> Iterator[list[Tensor]]:
-        """What :meth:`_fit_fold` yields for each eta, all of them solved at once: a GPU's way."""
+        """What :meth:`_fit_fold` yields for each of some etas, all solved at once: a GPU's way."""
         y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
         each = 1 if self.penalty == "l1" else len(_LOGIT_VARIANCES)
         members = x.new_zeros(1, x.shape[1], len(indices) * each, 1)
