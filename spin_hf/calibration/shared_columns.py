@@ -85,7 +85,7 @@ def read_features(
         of_all = source.read(group.tap, group.pooling, group.neurons.numpy())
         stop = start + len(group.neurons)
         for part, some in zip(found, rows, strict=True):
-            for block in slices(len(some)):
+            for block in slices(len(some), stop - start):
                 part[block, start:stop] = torch.from_numpy(of_all[some[block]])
         start = stop
     on_device = [part.to(device) for part in found]
