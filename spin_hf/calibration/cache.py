@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from ..batching import BATCHINGS, Batching
@@ -35,7 +36,7 @@ def open_store(
     ranks: Ranks,
     widths: Mapping[Tap, int],
     poolings: Sequence[str],
-    batches: Sequence[Sequence[int]],
+    batches: Sequence[Sequence[int] | np.ndarray],
     about: Mapping[str, Any],
 ) -> Iterator[tuple[FeatureStore, list[int]]]:
     """The store of a calibration, and the batches that are still to be computed.
