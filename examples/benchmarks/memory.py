@@ -5,14 +5,13 @@ Each number of texts gets a fresh process: a tiny random BERT, texts of 4 to 12 
 process's own memory (``RssAnon`` of Linux: what the system can't take back, so without pages of files) over what the
 process had before the call, in all and by stage; and the disk that the features took.
 
-    python examples/benchmarks/memory.py --texts 10000 100000 1000000
+    python examples/benchmarks/memory.py --texts 10000 100000 1000000 --record
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import re
 import subprocess
@@ -22,6 +21,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import results
 
 WORDS = 2000
 STAGES = {
@@ -129,27 +130,25 @@ def measure(count: int) -> None:
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = results.parser(__doc__)
     made.add_argument("--texts", type=int, nargs="+", default=[10_000, 100_000])
     made.add_argument("--one", type=int, help=argparse.SUPPRESS)
     chosen = made.parse_args()
     if chosen.one is not None:
         measure(chosen.one)
         return
-    stages = list(dict.fromkeys(STAGES.values()))
-    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}; MB over the start\n")
-    print(f"| texts | features on disk | seconds | peak | {' | '.join(stages)} |")
-    print("| --- " * (4 + len(stages)) + "|")
+    rows, last = [], None
     for count in chosen.texts:
         command = [sys.executable, __file__, "--one", str(count)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-        peaks = [found["peaks"][stage] / 1e6 for stage in stages]
-        cells = [
-            f"{found['disk'] / 1e6:,.0f}",
-            f"{found['seconds']:,.0f}",
-            *(f"{p:,.0f}" for p in [max(peaks), *peaks]),
-        ]
-        print(f"| {count:,} | {' | '.join(cells)} |", flush=True)
+        peak = max(found["peaks"].values())
+        row = {"texts": count, "features on disk, MB": found["disk"] / 1e6, "seconds": found["seconds"]}
+        row |= {"peak, MB": peak / 1e6, **{f"{stage}, MB": size / 1e6 for stage, size in found["peaks"].items()}}
+        row["bytes for each text more"] = (peak - last[1]) / (count - last[0]) if last else "-"
+        last = count, peak
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    results.write_section(chosen.record, "Memory: host memory against the number of texts", rows)
 
 
 if __name__ == "__main__":

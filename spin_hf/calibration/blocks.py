@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import OutputFolderError
 
 ROWS = 2**16  # texts at a time: enough for a matrix product to be as fast as in one piece
-_LARGE = 2**28  # bytes
+_LARGE = 2**26  # bytes; several matrices are needed at once
 
 
 def empty(*shape: int, device: torch.device | None = None) -> Tensor:
@@ -43,9 +43,10 @@ def empty(*shape: int, device: torch.device | None = None) -> Tensor:
         ) from error
 
 
-def slices(count: int) -> Iterator[slice]:
-    """All rows in order, some at a time."""
-    return (slice(first, min(first + ROWS, count)) for first in range(0, count, ROWS))
+def slices(count: int, width: int = 1) -> Iterator[slice]:
+    """All rows in order, some at a time: of matrices of this width at most what would lie in memory, or 1024 rows."""
+    rows = min(ROWS, max(1024, _LARGE // (4 * max(1, width))))
+    return (slice(first, min(first + rows, count)) for first in range(0, count, rows))
 
 
 def take_rows(x: Tensor, rows: np.ndarray) -> Tensor:
@@ -60,10 +61,14 @@ def take_columns(x: Tensor, columns: Tensor) -> Tensor:
     return torch.index_select(x, 1, columns, out=empty(len(x), len(columns), device=x.device))
 
 
-def summed(count: int, part: Callable[[slice], Tensor]) -> Tensor:
-    """The sum of what ``part`` makes of the rows, some at a time. With few rows it is ``part`` of them all."""
+def summed(count: int, part: Callable[[slice], Tensor], *, width: int = 1) -> Tensor:
+    """The sum of what ``part`` makes of the rows, some at a time. With few rows it is ``part`` of them all.
+
+    Args:
+        width: of what ``part`` makes a copy of.
+    """
     total: Tensor | None = None
-    for rows in slices(count):
+    for rows in slices(count, width):
         made = part(rows)
         total = made if total is None else total.add_(made)
     assert total is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,13 +11,15 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
+from ..batching import BATCHINGS, Batching
 from ..taps import Tap
 from .errors import OutputFolderError, StoreInUseError
 from .ranks import Ranks
@@ -33,7 +36,7 @@ def open_store(
     ranks: Ranks,
     widths: Mapping[Tap, int],
     poolings: Sequence[str],
-    batches: Sequence[Sequence[int]],
+    batches: Sequence[Sequence[int] | np.ndarray],
     about: Mapping[str, Any],
 ) -> Iterator[tuple[FeatureStore, list[int]]]:
     """The store of a calibration, and the batches that are still to be computed.
@@ -119,15 +122,27 @@ def clear_store(store: CachedStore) -> None:
         shutil.rmtree(store.folder)
 
 
-def remembered(cache_dir: str | Path | None, key: str) -> dict[str, Any]:
-    """What an earlier calibration of this key noted about itself; nothing where there was none."""
+def key_of(fingerprint: str, batching: str) -> str:
+    """A store's key: texts that are batched otherwise have other features, and a batch is found by its number."""
+    return hashlib.sha256(f"{fingerprint} {batching}".encode()).hexdigest()
+
+
+def known_batching(cache_dir: str | Path | None, fingerprint: str) -> Batching | None:
+    """How an earlier calibration of this fingerprint found that its texts may be batched, if there was one: the
+    most careful, if there were several.
+    """
     if cache_dir is None:
-        return {}
-    try:
-        about: dict[str, Any] = json.loads((Path(cache_dir) / key[:32] / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return about
+        return None
+    for batching in reversed(BATCHINGS):
+        with suppress(OSError, ValueError, AttributeError):
+            about = Path(cache_dir) / _name(key_of(fingerprint, batching)) / ABOUT
+            if json.loads(about.read_text(encoding="utf-8")).get("batching") == batching:
+                return batching
+    return None
+
+
+def _name(key: str) -> str:
+    return key[:32]
 
 
 def _folder(cache_dir: str | Path | None, key: str, held: ExitStack) -> Path:
@@ -136,7 +151,7 @@ def _folder(cache_dir: str | Path | None, key: str, held: ExitStack) -> Path:
             folder = Path(tempfile.mkdtemp(prefix="spin_hf_"))
             held.callback(shutil.rmtree, folder, ignore_errors=True)
         else:
-            folder = Path(cache_dir).resolve() / key[:32]
+            folder = Path(cache_dir).resolve() / _name(key)
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputFolderError(

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
@@ -17,7 +18,7 @@ from ..depth import nearest_depth, why_whole
 from ..modeling_spin import SpinForSequenceClassification
 from ..structure import has_routed_experts
 from ..taps import Tap, model_device, tap_width
-from .cache import open_store, remembered
+from .cache import key_of, known_batching, open_store
 from .errors import CalibrationError, demand_between, demand_whole
 from .exits import check_exits, fit_exits
 from .extraction import Encoded, check_tokenizer, encode, extract, fingerprint, plan_batches, window
@@ -192,13 +193,15 @@ def spin_calibrate(
     with shown(progress and ranks.main) as show:
         with clock("tokenize"):
             encoded = encode(tokenizer, rows.texts, rows.pairs, limit, cut)
+        count, paired, evaluated = len(rows), rows.pairs is not None, prepared.evaluated
+        del prepared, rows  # of a data set that lies in a file, the texts in memory are ours
         last = model.spin.taps[-1]  # also where no candidate may use it: the baseline is what a usual classifier reads
         read = taps if last in taps else [*taps, last]
         widths = {tap: tap_width(model.spin.backbone, model.spin.layout, tap) for tap in read}
         show.say(
-            f"{len(rows):,} texts, {sum(encoded.lengths):,} tokens, {len(taps)} taps, {len(recipe.poolings)} poolings: "
-            f"{required_bytes(widths, recipe.poolings, len(rows)) / 1e6:,.0f} MB of disk, "
-            f"{probe_bytes(max(widths.values()), len(rows), len(data.fits())) / 1e6:,.0f} MB of memory for a probe."
+            f"{count:,} texts, {sum(encoded.lengths):,} tokens, {len(taps)} taps, {len(recipe.poolings)} poolings: "
+            f"{required_bytes(widths, recipe.poolings, count) / 1e6:,.0f} MB of disk, "
+            f"{probe_bytes(max(widths.values()), count, len(data.fits())) / 1e6:,.0f} MB of memory for a probe."
         )
         key = ""
         if cache_dir is not None or ranks.count > 1:
@@ -210,14 +213,22 @@ def spin_calibrate(
         )
         pad = int(tokenizer.pad_token_id)
         with clock("extract"):
-            known = remembered(cache_dir, key).get("batching") if ranks.main else None
+            known = known_batching(cache_dir, key) if ranks.main else None
             find = partial(find_batching, model.spin, read, encoded.samples(6), pad)
             model.config.batching = ranks.on_main(lambda: known or find())
-        batches = plan_batches(encoded.lengths, batch_tokens, model.config.batching)
-        about = {"backbone": model.config.backbone_id, "texts": len(rows), "tokens": sum(encoded.lengths)}
+        planned = plan_batches(encoded.lengths, batch_tokens, model.config.batching)
+        batches = [np.asarray(batch, dtype=np.int32) for batch in planned]
+        del planned  # lists of numbers take ten times as much
+        about = {"backbone": model.config.backbone_id, "texts": count, "tokens": sum(encoded.lengths)}
         about["batching"] = model.config.batching
         with open_store(
-            cache_dir, key=key, ranks=ranks, widths=widths, poolings=recipe.poolings, batches=batches, about=about
+            cache_dir,
+            key=key_of(key, model.config.batching),
+            ranks=ranks,
+            widths=widths,
+            poolings=recipe.poolings,
+            batches=batches,
+            about=about,
         ) as (store, missing):
             with clock("extract"), show.bar("Reading the backbone", sum(encoded.lengths)) as advance, ranks.together():
                 advance(sum(encoded.lengths) - sum(encoded.lengths[row] for i in missing for row in batches[i]))
@@ -247,7 +258,7 @@ def spin_calibrate(
     model.spin.remember_backbone()
     model.set_head(*task.as_logits(final.weight, final.intercept))
     model.config.logit_temperature = 1.0 if confidence is None else confidence.temperature
-    model.config.text_pairs = rows.pairs is not None
+    model.config.text_pairs = paired
     _write_config(model, task, class_weights, encoded, tokenizer)
     if fitted is not None:
         model.set_exits(fitted.groups, fitted.mean, fitted.scale, fitted.exits)
@@ -263,7 +274,7 @@ def spin_calibrate(
         data={
             "train_rows": len(refit),
             "eval_rows": len(data.eval_rows),
-            "evaluated": prepared.evaluated,
+            "evaluated": evaluated,
             "labels": list(names),
             "truncated": encoded.truncated,
             "max_length": encoded.max_length,

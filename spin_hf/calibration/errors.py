@@ -85,7 +85,7 @@ class NonFiniteFeaturesError(CalibrationError):
 
 
 class DeviceMemoryError(CalibrationError):
-    """A single text does not fit the device's memory."""
+    """A single text, or a single model to be fitted, does not fit the device's memory."""
 
 
 class ConfidenceError(CalibrationError):

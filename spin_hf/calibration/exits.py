@@ -13,7 +13,7 @@ from ..features import FeatureGroup
 from .confidence import Confidence
 from .errors import CalibrationError
 from .fits import Fits
-from .heads import HeadFitter
+from .heads import HeadFitter, HeadSet
 from .progress import Show
 from .ranks import Ranks
 from .recipe import Recipe
@@ -86,6 +86,10 @@ def fit_exits(
     grid = [c for c, others in heads if others is probes and (c.kind, c.pooling) == family]
     grid = sorted(grid, key=lambda candidate: (candidate.depth, candidate.num_features))
 
+    drawn, depths = members(probes, *family), sorted({candidate.depth for candidate in grid})
+    sets = [HeadSet(*family, depth, drawn) for depth in depths]
+    fitter = fitter.sharing(sets, etas=recipe.etas, max_features=recipe.max_features)
+
     def fit(candidate: Candidate) -> tuple[Candidate, Tensor, Tensor, float, float]:
         final = finish(fitter, candidate, tried, tol)
         temperature = 1.0
@@ -103,7 +107,7 @@ def fit_exits(
             cost=lambda c: c.num_features,
             advance=advance,
         )
-    every = Columns.of(members(probes, *family), -1)
+    every = Columns.of(drawn, -1)
     masks = [every.kept(float(c.eta or 0), c.depth) for c in grid]
     shared = np.logical_or.reduce(masks)
     exits = []

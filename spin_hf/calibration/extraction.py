@@ -154,7 +154,9 @@ def plan_batches(
 
 
 def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], poolings: Sequence[str], budget: int) -> str:
-    """Hash of all that the features depend on: tokens, weights, config, layout, taps, poolings, batches and dtype."""
+    """Hash of all that the features depend on but how texts are put in batches, which is for :func:`cache.key_of`:
+    tokens, weights, config, layout, taps, poolings, the batches' budget and dtype.
+    """
     digest = hashlib.sha256()
     digest.update(repr((FORMAT, list(map(str, taps)), list(poolings), budget, str(model.backbone.dtype))).encode())
     settings = {name: value for name, value in model.backbone.config.to_dict().items() if name not in _PROVENANCE}

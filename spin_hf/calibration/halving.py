@@ -1,4 +1,4 @@
-"""A batch that does not fit the device's memory is read in halves."""
+"""What does not fit the device's memory at once, texts to read or models to solve, is done in halves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from .errors import DeviceMemoryError
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 # What torch's allocators say where they have no error type of their own, and what CUDA's libraries say.
@@ -32,21 +33,31 @@ def no_room(tokens: int, device: torch.device, error: BaseException) -> DeviceMe
     )
 
 
-def in_halves(rows: Sequence[int], run: Callable[[Sequence[int]], T]) -> list[T]:
-    """What ``run`` gives for these rows, or for each part of them where it runs out of memory on all.
+def no_room_to_solve(what: str, rows: int, device: torch.device, error: BaseException) -> DeviceMemoryError:
+    """The error to raise where one model alone ran out of memory while it was fitted to so many texts."""
+    elsewhere = "" if device.type == "cpu" else "solve on the CPU, model.to('cpu'), where large matrices lie in files; "
+    return DeviceMemoryError(
+        f"{what} on {rows:,} texts does not fit the memory of {device}, not even alone ({str(error).strip()}). Free "
+        f"what else holds that memory; {elsewhere}or use fewer texts. With cache_dir the same call goes on from what "
+        "is done."
+    )
 
-    A function of the rows and the room there is alone: no batch is read otherwise for what happened to one before it.
+
+def in_halves(items: Sequence[S], run: Callable[[Sequence[S]], T]) -> list[T]:
+    """What ``run`` gives for these items, or for each part of them where it runs out of memory on all.
+
+    A function of the items and the room there is alone: nothing is done otherwise for what happened to one before it.
 
     Raises:
-        RuntimeError, MemoryError: that of ``run`` on a single row.
+        RuntimeError, MemoryError: that of ``run`` on a single item.
     """
     try:
-        return [run(rows)]
+        return [run(items)]
     except (RuntimeError, MemoryError) as error:
-        if len(rows) == 1 or not is_out_of_memory(error):
+        if len(items) == 1 or not is_out_of_memory(error):
             raise
     # Only here, where the error and with it the failed forward's activations are gone.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    middle = len(rows) // 2
-    return [*in_halves(rows[:middle], run), *in_halves(rows[middle:], run)]
+    middle = len(items) // 2
+    return [*in_halves(items[:middle], run), *in_halves(items[middle:], run)]

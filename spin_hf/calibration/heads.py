@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..features import FeatureGroup
 from ..taps import Tap
 from .batched import L1, L2, Penalty, pays, solve_together
 from .blocks import empty, take_columns
-from .probes import Labelled, Probe, standardise
+from .halving import in_halves, is_out_of_memory, no_room_to_solve
+from .probes import Labelled, Probe, most_together, solver_bytes, standardise
 from .ridge import curvature_gram, solve_ridge
 from .selection import Candidate, Columns, combinations, members
+from .shared_columns import Readable, SharedColumns
 from .solver import PathPoint, solve_path
 from .store import FeatureStore
 
@@ -52,6 +56,15 @@ def head_sets(probes: Sequence[Probe], depths: Sequence[int], *, combine: bool) 
     ]
 
 
+def _feasible(heads: HeadSet, etas: Sequence[float], most: int) -> tuple[list[float], dict[float, int], int]:
+    """The etas that keep something new and no more than ``most``, how many each keeps, and how many keep more."""
+    final = Columns.of(heads.probes, -1)
+    sizes = {eta: int(final.kept(eta, heads.depth).sum()) for eta in etas}
+    feasible = [eta for eta in etas if 0 < sizes[eta] <= most]
+    feasible = [eta for i, eta in enumerate(feasible) if i == 0 or sizes[eta] > sizes[feasible[i - 1]]]
+    return feasible, sizes, len({size for size in sizes.values() if size > most})
+
+
 @dataclass(frozen=True)
 class HeadFitter:
     """Fits heads on subsets of the stored features.
@@ -65,15 +78,26 @@ class HeadFitter:
     device: torch.device
     penalty: str = "l2"
     tol: float = 1e-3
+    shared: SharedColumns | None = None
+
+    def sharing(self, sets: Sequence[HeadSet], *, etas: Sequence[float], max_features: int) -> HeadFitter:
+        """This, with one matrix for all the features that these sets' heads need, read when it is first needed."""
+        groups: list[FeatureGroup] = []
+        for heads in sets:
+            feasible, _, _ = _feasible(heads, etas, max_features)
+            for fit in range(len(self.data.fits()) if feasible else 0):
+                columns = Columns.of(heads.probes, fit)
+                groups += columns.take(columns.kept(feasible[-1], heads.depth)).groups()
+        return replace(self, shared=SharedColumns.of(self.store, groups))
+
+    @property
+    def _source(self) -> Readable:
+        return self.shared or self.store
 
     def fit(self, heads: HeadSet, *, etas: Sequence[float], max_features: int) -> tuple[list[Candidate], int]:
         """A head for every eta that keeps something new and no more than ``max_features``; and how many keep more."""
         probes, depth = heads.probes, heads.depth
-        final = Columns.of(probes, -1)
-        sizes = {eta: int(final.kept(eta, depth).sum()) for eta in etas}
-        feasible = [eta for eta in etas if 0 < sizes[eta] <= max_features]
-        feasible = [eta for i, eta in enumerate(feasible) if i == 0 or sizes[eta] > sizes[feasible[i - 1]]]
-        skipped = len({size for size in sizes.values() if size > max_features})
+        feasible, sizes, skipped = _feasible(heads, etas, max_features)
         if not feasible:
             return [], skipped
         scores: dict[float, list[list[Tensor]]] = {eta: [] for eta in feasible}
@@ -113,7 +137,7 @@ class HeadFitter:
         columns = columns.take(columns.kept(candidate.eta, candidate.depth))
         rows = self.data.fits()[fold]
         single = len(self.data.folds) == 1
-        x, held_out = columns.read(self.store, self.device, rows, self.data.eval_rows if single else rows[:0])
+        x, held_out = columns.read(self._source, self.device, rows, self.data.eval_rows if single else rows[:0])
         y, s = self.data.targets[rows], self.data.weights[rows]
         loss = self.data.task.loss
         if self.penalty == "l1":
@@ -137,11 +161,25 @@ class HeadFitter:
     ) -> Iterator[tuple[float, list[Tensor]]]:
         """For each eta, the scores on the held-out rows at each C. All etas share the widest one's matrix and Gram."""
         columns = columns.take(columns.kept(etas[-1], depth))
-        x, held = columns.read(self.store, self.device, rows, held_out)
+        x, held = columns.read(self._source, self.device, rows, held_out)
         y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
         indices = [torch.from_numpy(np.flatnonzero(columns.kept(eta, depth))).to(self.device) for eta in etas]
         if pays(x.device) and x.shape[1]:
-            yield from zip(etas, self._fit_together(x, held, columns, indices, rows), strict=True)
+            values = 1 if self.penalty == "l1" else len(_LOGIT_VARIANCES)
+            each = solver_bytes(len(x), x.shape[1], values, y.shape[1])
+            count = most_together(each, shared=2 * 4 * x.numel())
+
+            def solve(group: Sequence[Tensor]) -> list[list[Tensor]]:
+                try:
+                    return list(self._fit_together(x, held, columns, group, rows))
+                except (RuntimeError, MemoryError) as error:
+                    if len(group) == 1 and is_out_of_memory(error):
+                        raise no_room_to_solve("A head", len(x), x.device, error) from error
+                    raise
+
+            groups = [indices[i : i + count] for i in range(0, len(indices), count)]
+            parts = chain.from_iterable(in_halves(group, solve) for group in groups)
+            yield from zip(etas, chain.from_iterable(parts), strict=True)
             return
         sharing = [index for index in indices if len(index) <= len(x)]  # wider ones are solved in the rows' coordinates
         gram: Tensor | None = None
@@ -169,7 +207,7 @@ class HeadFitter:
     def _fit_together(
         self, x: Tensor, held_out: Tensor, columns: Columns, indices: Sequence[Tensor], rows: np.ndarray
     ) -> Iterator[list[Tensor]]:
-        """What :meth:`_fit_fold` yields for each eta, all of them solved at once: a GPU's way."""
+        """What :meth:`_fit_fold` yields for each of some etas, all solved at once: a GPU's way."""
         y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
         each = 1 if self.penalty == "l1" else len(_LOGIT_VARIANCES)
         members = x.new_zeros(1, x.shape[1], len(indices) * each, 1)

@@ -11,7 +11,7 @@ from .batched import solve_sparse
 from .losses import Loss
 from .solver import PathPoint, solve_path
 
-_AT_ONCE = 4  # values of C: the strongest are most worth their while, and where a path ends the weaker were for nothing
+AT_ONCE = 4  # values of C: the strongest are most worth their while, and where a path ends the weaker were for nothing
 _SPAN = 10.0  # values at once lie within this factor: farther ones are better started from the last solution
 
 
@@ -39,7 +39,7 @@ def solve_paths(
     intercept: Tensor | None = None
     first = 0
     while which := [i for i, grid in enumerate(grids) if alive[i] and len(grid) > first]:
-        Cs = [grids[i][first : first + _AT_ONCE] for i in which]
+        Cs = [grids[i][first : first + AT_ONCE] for i in which]
         count = max(sum(_SPAN * values[0] > C for C in values) for values in Cs)
         Cs, first = [values[:count] for values in Cs], first + count
         part = x if len(which) == len(x) else x[which]

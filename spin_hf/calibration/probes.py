@@ -15,13 +15,14 @@ from ..taps import Tap
 from .batched import pays
 from .blocks import empty, take_rows
 from .losses import Loss
-from .paths import solve_paths
+from .paths import AT_ONCE, solve_paths
 from .solver import PathPoint, smallest_useful_C, solve_path
 from .task import Task
 
 Place = tuple[Tap, str]  # and its pooling
 
 _BYTES_TOGETHER = 2**31  # of features that a GPU solves together: more would not be faster
+_BYTES_HELD = 2**33  # of all that a GPU holds for what it solves together
 _MOST_TOGETHER = 16
 _PATIENCE = 2  # points without a better score, or without a lower loss, after which a path ends
 
@@ -246,18 +247,40 @@ def probe_bytes(width: int, rows: int, fits: int) -> int:
     return 4 * width * rows * (1 + 2 * fits)
 
 
-def in_groups(places: Sequence[Place], widths: Mapping[Tap, int], rows: int, device: torch.device) -> list[list[Place]]:
+def solver_bytes(rows: int, width: int, values: int, outputs: int) -> int:
+    """What :func:`~spin_hf.calibration.batched.solve_together` holds of a tap beside the features, for so many
+    penalties and columns of targets: of the scores about four float32 in a step and ten float64 while it looks at the
+    gaps; of the weights a dozen.
+    """
+    return values * outputs * (96 * rows + 48 * width)
+
+
+def most_together(each: int, shared: int = 0) -> int:
+    """How many problems of so many bytes a GPU is given at once, beside what they share; at least one."""
+    return max(1, (_BYTES_HELD - shared) // max(1, each))
+
+
+def in_groups(
+    places: Sequence[Place], widths: Mapping[Tap, int], rows: int, device: torch.device, *, fits: int, outputs: int
+) -> list[list[Place]]:
     """Places to be solved together, of one width each: alone on a CPU, some on a GPU.
 
     A function of its arguments alone, whatever the number of processes and what else is in memory: the grouping may
     show in the last bits.
+
+    Args:
+        fits: how many times each is solved, on other rows.
+        outputs: columns of targets.
     """
     if not pays(device):
         return [[place] for place in places]
     groups: list[list[Place]] = []
     for width in dict.fromkeys(widths[tap] for tap, _ in places):
         alike = [place for place in places if widths[place[0]] == width]
-        count = max(1, min(_MOST_TOGETHER, _BYTES_TOGETHER // (4 * width * rows)))
+        features = 4 * width * rows
+        # as they are read, standardised for each fit, and once more of those whose paths have not ended
+        held = features * (2 + fits) + solver_bytes(rows, width, AT_ONCE, outputs)
+        count = max(1, min(_MOST_TOGETHER, _BYTES_TOGETHER // features, most_together(held)))
         groups += [alike[i : i + count] for i in range(0, len(alike), count)]
     return groups
 

@@ -23,7 +23,7 @@ def curvature_gram(x: Tensor, curvature: Tensor) -> Tensor:
     One for all ``K`` outputs, from the largest curvature ``(n, K)`` of each row.
     """
     largest = curvature.amax(1, keepdim=True).to(x.dtype)
-    return summed(len(x), lambda rows: x[rows].T @ (largest[rows] * x[rows]))
+    return summed(len(x), lambda rows: x[rows].T @ (largest[rows] * x[rows]), width=x.shape[1])
 
 
 def solve_ridge(

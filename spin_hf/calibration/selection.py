@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ..features import FeatureGroup
 from ..taps import Tap
-from .blocks import empty, slices
 from .probes import Probe
 from .resampling import paired_error
-from .store import FeatureStore
+from .shared_columns import Readable, read_features
 from .task import Metric
 
 KINDS = ("hidden", "ffn")
@@ -67,30 +66,6 @@ def entry_shares(salience: Tensor) -> Tensor:
     return torch.where(salience > 0, shares, torch.full_like(shares, 2.0))
 
 
-def read_features(
-    store: FeatureStore,
-    groups: Sequence[FeatureGroup],
-    mean: Tensor,
-    scale: Tensor,
-    device: torch.device,
-    *rows: np.ndarray,
-) -> list[Tensor]:
-    """The standardised features ``(rows, columns)`` of each of these sets of rows."""
-    found = [empty(len(some), len(mean)) for some in rows]
-    start = 0
-    for group in groups:
-        of_all = store.read(group.tap, group.pooling, group.neurons.numpy())
-        stop = start + len(group.neurons)
-        for part, some in zip(found, rows, strict=True):
-            for block in slices(len(some)):
-                part[block, start:stop] = torch.from_numpy(of_all[some[block]])
-        start = stop
-    on_device = [part.to(device) for part in found]
-    for part in on_device:
-        part.sub_(mean.to(device)).div_(scale.to(device))
-    return on_device
-
-
 @dataclass(frozen=True)
 class Columns:
     """All neurons that some probes give a weight, in the order of the model's features, for one fit of the probes."""
@@ -137,9 +112,9 @@ class Columns:
             self.scale[index.to(self.scale.device)],
         )
 
-    def read(self, store: FeatureStore, device: torch.device, *rows: np.ndarray) -> list[Tensor]:
+    def read(self, source: Readable, device: torch.device, *rows: np.ndarray) -> list[Tensor]:
         """The standardised features ``(rows, columns)`` of each of these sets of rows."""
-        return read_features(store, self.groups(), self.mean, self.scale, device, *rows)
+        return read_features(source, self.groups(), self.mean, self.scale, device, *rows)
 
     def groups(self) -> list[FeatureGroup]:
         """As the model stores them."""

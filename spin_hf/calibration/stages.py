@@ -15,13 +15,15 @@ from ..taps import Tap
 from .confidence import Confidence
 from .errors import CalibrationError
 from .fits import Fits
+from .halving import in_halves, is_out_of_memory, no_room_to_solve
 from .heads import HeadFitter, HeadSet, head_sets
 from .probes import Labelled, Place, Probe, fit_probes, in_groups
 from .progress import Show
 from .ranks import Ranks
 from .recipe import Recipe
 from .resampling import bootstrap_interval
-from .selection import Candidate, probe_candidate, read_features, smallest_within_error, winner
+from .selection import Candidate, probe_candidate, smallest_within_error, winner
+from .shared_columns import read_features
 from .store import FeatureStore
 from .task import METRICS, Task
 
@@ -44,15 +46,26 @@ def probe_all(
         CalibrationError: if all of them are empty.
     """
 
+    def solve(group: Sequence[Place]) -> list[list[Probe]]:
+        try:
+            features = [torch.from_numpy(store.read(*place)).to(fits.device) for place in group]
+            return fit_probes(
+                features, group, data, Cs=recipe.Cs, raw=recipe.raw, stop_early=not recipe.shared_C, tol=tol
+            )
+        except (RuntimeError, MemoryError) as error:
+            if len(group) == 1 and is_out_of_memory(error):
+                raise no_room_to_solve(f"A probe of {group[0][0]}", store.rows, fits.device, error) from error
+            raise
+
     def probe(group: list[Place]) -> list[list[Probe]]:
-        features = [torch.from_numpy(store.read(*place)).to(fits.device) for place in group]
-        found = fit_probes(features, group, data, Cs=recipe.Cs, raw=recipe.raw, stop_early=not recipe.shared_C, tol=tol)
+        found = chain.from_iterable(in_halves(group, solve))
         wanted = [ranked if recipe.shared_C else ranked[:1] for ranked in found]
         return [[probe for probe in ranked if probe.num_features] for ranked in wanted]
 
     settings = recipe.Cs, recipe.raw, recipe.shared_C, tol
     places = [(tap, pooling) for tap in taps for pooling in store.poolings]
-    groups = in_groups(places, store.widths, store.rows, fits.device)
+    outputs = data.targets.shape[1]
+    groups = in_groups(places, store.widths, store.rows, fits.device, fits=len(data.fits()), outputs=outputs)
     with show.bar("Probing", len(groups)) as advance:
         solved = ranks.map(
             groups,
@@ -100,6 +113,7 @@ def try_heads(
     settings = recipe, tol, fitter.tol
     sets = [(grid, heads) for grid in grids for heads in head_sets(grid, depths, combine=recipe.combine)]
     sets = sets if recipe.etas else []
+    fitter = fitter.sharing([heads for _, heads in sets], etas=recipe.etas, max_features=recipe.max_features)
     with show.bar("Fitting heads", len(sets)) as advance:
         found = ranks.map(
             sets,

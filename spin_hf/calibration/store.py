@@ -50,7 +50,7 @@ class FeatureStore:
         *,
         widths: Mapping[Tap, int],
         poolings: Sequence[str],
-        batches: Sequence[Sequence[int]],
+        batches: Sequence[Sequence[int] | np.ndarray],
         process: int = 0,
     ) -> None:
         self.folder, self.widths, self.poolings = folder, dict(widths), tuple(poolings)

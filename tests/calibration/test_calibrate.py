@@ -186,6 +186,27 @@ def test_a_cache_serves_other_settings_without_another_forward(wrap, tokenizer, 
     spin_calibrate(model, tokenizer, rows, cache_dir=tmp_path, progress=False, Cs=[0.1, 1.0], metric="matthews")
 
 
+def test_texts_that_are_batched_otherwise_have_a_store_of_their_own(wrap, tokenizer, rows, tmp_path, monkeypatch):
+    """As when a backbone's code changes, or another device can do less: the first store is neither used nor damaged."""
+    first, second = wrap(), wrap()
+    spin_calibrate(first, tokenizer, rows, cache_dir=tmp_path, **QUICK)
+    (kept,) = tmp_path.iterdir()
+    about = (kept / "store.json").read_text()
+    (kept / "store.json").write_text("{")  # nothing tells what was found the first time
+    files = {path: path.read_bytes() for path in kept.glob("*.f32")}
+    monkeypatch.setattr(calibrate, "find_batching", lambda *arguments: "equal_length")
+    spin_calibrate(second, tokenizer, rows, cache_dir=tmp_path, **QUICK)
+    assert (first.config.batching, second.config.batching) == ("padded", "equal_length")
+    assert len(list(tmp_path.iterdir())) == 2
+    assert all(path.read_bytes() == before for path, before in files.items())
+    (kept / "store.json").write_text(about)
+    again = wrap()
+    spin_calibrate(again, tokenizer, rows, cache_dir=tmp_path, **QUICK)
+    assert again.config.batching == "equal_length"  # of what is kept the most careful
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
 def test_a_killed_calibration_goes_on(wrap, tokenizer, rows, tmp_path, monkeypatch):
     whole = wrap()
     spin_calibrate(whole, tokenizer, rows, batch_tokens=64, **QUICK)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from spin_hf import SpinForSequenceClassification, spin_calibrate
+from spin_hf.calibration import heads, probes
 from spin_hf.calibration.errors import DeviceMemoryError
+from spin_hf.taps import Tap
 
 QUICK = {"progress": False, "Cs": 4, "etas": (0.5, 1.0), "batch_tokens": 128}
 FULL = {
@@ -114,3 +116,81 @@ def test_other_errors_are_left_alone(wrap, tokenizer, rows):
     model = wrap(3, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes cannot"):
         spin_calibrate(model, tokenizer, rows, **QUICK)
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """Solve as on a GPU, with room for so many taps and for so many penalties; what was tried of each."""
+    tried = {"taps": [], "penalties": []}
+    room = {"taps": 99, "penalties": 99}
+    solve_paths, solve_together = probes.solve_paths, heads.solve_together
+    for module in (probes, heads):
+        monkeypatch.setattr(module, "pays", lambda device: True)
+
+    def taken(what, count):
+        tried[what].append(count)
+        if count > room[what]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def paths(x, *arguments, **options):
+        taken("taps", len(x))
+        return solve_paths(x, *arguments, **options)
+
+    def columns(x, y, s, loss, penalty, count, **options):
+        taken("penalties", count)
+        return solve_together(x, y, s, loss, penalty, count, **options)
+
+    monkeypatch.setattr(probes, "solve_paths", paths)
+    monkeypatch.setattr(heads, "solve_together", columns)
+    return room, tried
+
+
+def close(found, expected):
+    assert len(found.candidates) == len(expected.candidates)
+    by_name = {candidate.name: candidate for candidate in expected.candidates}
+    for candidate in found.candidates:
+        other = by_name[candidate.name]
+        assert candidate.num_features == pytest.approx(other.num_features, abs=3)
+        assert candidate.score == pytest.approx(other.score, abs=0.1)
+
+
+def test_models_are_solved_in_halves_where_a_device_has_no_room_for_all(wrap, tokenizer, rows, together):
+    room, tried = together
+    expected = spin_calibrate(wrap(), tokenizer, rows, **QUICK)
+    assert max(tried["taps"]) > 1
+    assert max(tried["penalties"]) > 5  # more than those of a single eta
+    room.update(taps=1, penalties=5)
+    close(spin_calibrate(wrap(), tokenizer, rows, **QUICK), expected)
+    assert tried["taps"][-1] == 1
+
+
+def test_no_more_is_solved_at_once_than_a_budget_of_bytes(wrap, tokenizer, rows, together, monkeypatch):
+    _, tried = together
+    expected = spin_calibrate(wrap(), tokenizer, rows, **QUICK)
+    for counts in tried.values():
+        counts.clear()
+    monkeypatch.setattr(probes, "_BYTES_HELD", 1)
+    close(spin_calibrate(wrap(), tokenizer, rows, **QUICK), expected)
+    assert set(tried["taps"]) == {1}
+    assert set(tried["penalties"]) == {5}  # of one eta
+
+
+def test_the_budget_counts_scores_of_many_labels_and_all_folds():
+    taps = [Tap("hidden", block) for block in range(1, 33)]
+    widths, places, gpu = dict.fromkeys(taps, 1000), [(tap, "mean") for tap in taps], torch.device("cuda")
+
+    def largest(rows, **options):
+        return max(map(len, probes.in_groups(places, widths, rows, gpu, **{"fits": 1, "outputs": 1} | options)))
+
+    assert largest(10_000) == 16
+    assert largest(100_000, outputs=150) < largest(100_000, outputs=10) <= largest(100_000)
+    assert largest(100_000, fits=11) < largest(100_000)
+    assert largest(10**7) == 1
+
+
+@pytest.mark.parametrize(("what", "message"), [("taps", r"A probe of [\w.]+ on"), ("penalties", "A head on")])
+def test_a_model_that_does_not_fit_alone(what, message, wrap, tokenizer, rows, together):
+    room, _ = together
+    room[what] = 0
+    with pytest.raises(DeviceMemoryError, match=message + r" \d+ texts does not fit the memory of cpu, not even alone"):
+        spin_calibrate(wrap(), tokenizer, rows, **QUICK)
