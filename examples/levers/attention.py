@@ -75,6 +75,7 @@ def train(
     *,
     queries: int = 1,
     shared: bool = False,
+    learned: bool = True,
     epochs: int = 10,
     rate: float = 0.02,
     variance: float = 1.6,
@@ -85,6 +86,7 @@ def train(
 
     Args:
         shared: one scoring vector for all taps.
+        learned: or else every token has the same weight, for comparison.
         variance: prior variance of a logit, as for the heads.
     """
     draw = torch.Generator().manual_seed(seed)
@@ -101,9 +103,10 @@ def train(
     b = torch.zeros(FOLDS, classes)
     parameters = [each.to(device).requires_grad_() for each in (q, w, b)]
     q, w, b = parameters
+    q.requires_grad_(learned)
     size = (len(taps) * queries * width) ** 0.5
     chunks = [chunk for rows in texts.batches(batch * 64) for chunk in np.array_split(rows, max(1, len(rows) // batch))]
-    optimiser = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.98))
+    optimiser = torch.optim.Adam([each for each in parameters if each.requires_grad], lr=rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, epochs * len(chunks))
     best: tuple[float, int, Tensor, Tensor] | None = None
     for epoch in range(1, epochs + 1):

@@ -37,7 +37,10 @@ KINDS = ("hidden", "ffn")
 class Trial:
     """One data set and backbone: what levers share, made once and kept."""
 
-    def __init__(self, path: str, dataset: str, texts: Texts, device: str, seed: int, validation: int) -> None:
+    def __init__(
+        self, path: str, dataset: str, texts: Texts, device: str, seed: int, validation: int, kinds: tuple[str, ...]
+    ) -> None:
+        self.kinds = kinds
         self.validation = validation  # texts that choose in an ordinary calibration
         self.path, self.dataset, self.texts, self.device = path, dataset, texts, device
         self.folds = Folds(texts.labels, SETS[dataset], device, seed)
@@ -51,10 +54,17 @@ class Trial:
         return self._kept[name]
 
     def places(
-        self, kinds: tuple[str, ...] = KINDS, statistics: tuple[str, ...] = ("mean", "max")
+        self, kinds: tuple[str, ...] | None = None, statistics: tuple[str, ...] = ("mean", "max")
     ) -> dict[str, Features]:
-        names = [tap for kind in kinds for tap in (self.hidden if kind == "hidden" else self.texts.places(kind))]
+        names = [
+            tap
+            for kind in kinds or self.kinds
+            for tap in (self.hidden if kind == "hidden" else self.texts.places(kind))
+        ]
         return {f"{tap} {s}": _stored(self.texts, tap, s) for tap in names for s in statistics if s in read_of(tap)}
+
+    def outcome(self, lever: str) -> Outcome:
+        return self.keep(f"outcome {lever}", lambda: LEVERS[lever](self))
 
     def base(self) -> Outcome:
         return self.keep("base", lambda: self.selector.fit(self.places()))
@@ -224,7 +234,10 @@ def joint(**options: Any) -> Callable[[Trial], Outcome]:
 LEVERS: dict[str, Callable[[Trial], Outcome]] = {
     "mean and max": lambda t: t.base(),
     "hidden": lambda t: t.selector.fit(t.places(("hidden",))),
+    "mean, joint head": joint(learned=False),
     "attention, joint head": joint(),
+    "attention, shared, joint head": joint(shared=True),
+    "attention, four queries, joint head": joint(queries=4),
     "attention, hidden": lambda t: t.selector.fit(t.places() | t.attended(ffn=False)),
     "attention": lambda t: t.selector.fit(t.places() | t.attended()),
     "attention only": lambda t: t.selector.fit(t.attended()),
@@ -232,7 +245,7 @@ LEVERS: dict[str, Callable[[Trial], Outcome]] = {
     "attention, four queries": lambda t: t.selector.fit(t.places() | t.attended(ffn=False, queries=4)),
     "directions": directions,
     **{name: beside(name) for name in ("std", "min", "top3", "ends", "halves")},
-    "attn": lambda t: t.selector.fit(t.places((*KINDS, "attn"))),
+    "attn": lambda t: t.selector.fit(t.places((*t.kinds, "attn"))),
     "all features": all_features,
     "average": average,
     "stacking": stacking,
@@ -243,32 +256,46 @@ LEVERS: dict[str, Callable[[Trial], Outcome]] = {
 def run(arguments: argparse.Namespace) -> None:
     path = str(backbone_folder()) if arguments.model == "minilm" else arguments.model
     name = "MiniLM" if arguments.model == "minilm" else Path(path).name
-    done = {(row["model"], row["set"], row["lever"], row["seed"]) for row in read_results(arguments.results)}
+    kinds = " ".join(arguments.kinds)
+    done = {
+        (row["model"], row["set"], row["lever"], row["seed"], row["kinds"]) for row in read_results(arguments.results)
+    }
     for dataset in arguments.sets:
         train_rows, validation, _ = load(arguments.data, dataset)
+        train_rows, validation = (common.draw(part, arguments.rows) for part in (train_rows, validation))
         rows = train_rows + validation
         texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
         trial = Trial(
             path,
             dataset,
-            extract(path, texts, labels, arguments.cache / name / dataset, arguments.device, MAX_LENGTH),
+            extract(
+                path,
+                texts,
+                labels,
+                arguments.cache / name / (dataset if arguments.rows is None else f"{dataset}-{arguments.rows}"),
+                arguments.device,
+                MAX_LENGTH,
+            ),
             arguments.device,
             arguments.seed,
             len(validation),
+            tuple(arguments.kinds),
         )
         for lever in arguments.levers or LEVERS:
-            if (name, dataset, lever, arguments.seed) in done:
+            if (name, dataset, lever, arguments.seed, kinds, arguments.against) in done:
                 continue
-            trial.base()
+            base = trial.outcome(arguments.against)
             start = time.process_time()
-            outcome = LEVERS[lever](trial)
+            outcome = trial.outcome(lever)
             seconds = time.process_time() - start
-            gain, error = outcome.gain(trial.base(), trial.folds)
+            gain, error = outcome.gain(base, trial.folds)
             row = {
                 "model": name,
                 "set": dataset,
                 "lever": lever,
                 "seed": arguments.seed,
+                "kinds": kinds,
+                "against": arguments.against,
                 "rows": len(labels),
                 **outcome.save(trial.folds),
                 "gain": round(gain, 2),
@@ -283,12 +310,12 @@ def run(arguments: argparse.Namespace) -> None:
 def show(path: Path) -> str:
     """Gain and paired standard error of each lever on each set, as Markdown."""
     rows = read_results(path)
-    columns = list(dict.fromkeys((row["model"], row["set"]) for row in rows))
-    lines = ["| lever | " + " | ".join(f"{m}, {s}" for m, s in columns) + " |", "|" + " --- |" * (len(columns) + 1)]
+    columns = list(dict.fromkeys((row["model"], row["set"], row["kinds"]) for row in rows))
+    lines = ["| lever | " + " | ".join(map(", ".join, columns)) + " |", "|" + " --- |" * (len(columns) + 1)]
     for lever in dict.fromkeys(row["lever"] for row in rows):
         cells = []
         for column in columns:
-            own = [row for row in rows if (row["model"], row["set"]) == column and row["lever"] == lever]
+            own = [row for row in rows if (row["model"], row["set"], row["kinds"]) == column and row["lever"] == lever]
             cells.append("; ".join(f"{r['gain']:+.2f} ± {r['error']:.2f} ({r['score']:.1f})" for r in own))
         lines.append(f"| {lever} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -302,7 +329,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("--model", default="minilm", help="minilm, or the folder of a model")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, help="at most so many of train, and of validation")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of taps, also of mean and max")
     parser.add_argument("--seed", type=int, default=0, help="of the folds")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--against", choices=LEVERS, default="mean and max", help="what gains are over")
     parser.add_argument("--levers", nargs="+", choices=LEVERS)
     common.measure_or_show(parser, run, show, "findings/levers.jsonl")

@@ -131,10 +131,21 @@ class Backbone:
             yield rows
 
 
-def extract(path: str, texts: list[str], labels: list, folder: Path, device: str, max_length: int) -> Texts:
-    """Fill the folder, unless it is filled: float16, as this is for choosing between levers."""
+def extract(
+    path: str, texts: list[str], labels: list, folder: Path, device: str, max_length: int, kinds: Sequence[str]
+) -> Texts:
+    """Fill the folder, unless it is filled: float16, as this is for choosing between levers.
+
+    Taps that are not of these kinds are left out, unless all kinds are asked for: then attention outputs come too.
+
+    Raises:
+        ValueError: if the folder was filled with fewer kinds.
+    """
     if (folder / "about.json").exists():
-        return Texts(folder)
+        found = Texts(folder)
+        if missing := [kind for kind in kinds if not found.places(kind)]:
+            raise ValueError(f"{folder} was filled without {', '.join(missing)}. Remove it and run again.")
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     backbone = Backbone(path, device)
     ids = backbone.encode(texts, max_length)
@@ -144,11 +155,14 @@ def extract(path: str, texts: list[str], labels: list, folder: Path, device: str
     def file(name: str, *shape: int) -> np.ndarray:
         return np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float16, shape=shape)
 
-    widths = {name: width for name, width in backbone.widths.items() if width}
-    tokens = {name: file(f"{name}.tokens", int(starts[-1]), width) for name, width in widths.items() if name[0] == "h"}
+    wanted = ("hidden", "norm") if list(kinds) == ["hidden"] else ("hidden", "norm", "ffn", "attn")
+    widths = {name: width for name, width in backbone.widths.items() if width and name.split(".")[0] in wanted}
+    tokens = {name: file(f"{name}.tokens", int(starts[-1]), width) for name, width in widths.items() if name[0] in "hn"}
     pooled = {(t, s): file(f"{t}.{s}", len(ids), width) for t, width in widths.items() for s in read_of(t)}
 
     def read(rows: list[int], tap: str, values: Tensor, mask: Tensor) -> None:
+        if tap not in widths:
+            return
         for statistic, found in statistics(values, mask, read_of(tap)).items():
             pooled[tap, statistic][rows] = found.half().cpu().numpy()
         if tap in tokens:
