@@ -64,7 +64,14 @@ class Trial:
         return {f"{tap} {s}": _stored(self.texts, tap, s) for tap in names for s in statistics if s in read_of(tap)}
 
     def outcome(self, lever: str) -> Outcome:
-        return self.keep(f"outcome {lever}", lambda: LEVERS[lever](self))
+        """Of a lever, kept beside the token states, so that another run can compare with it."""
+        kinds = "" if lever.endswith("joint head") else f"-{'-'.join(self.kinds)}"
+        file = self.texts.folder / f"outcome-{lever}{kinds}-{self.folds.seed}.pt"
+        if file.exists():
+            return Outcome(*torch.load(file, weights_only=True))
+        found = self.keep(f"outcome {lever}", lambda: LEVERS[lever](self))
+        torch.save((found.scores, found.features), file)
+        return found
 
     def base(self) -> Outcome:
         return self.keep("base", lambda: self.selector.fit(self.places()))
@@ -275,6 +282,7 @@ def run(arguments: argparse.Namespace) -> None:
                 arguments.cache / name / (dataset if arguments.rows is None else f"{dataset}-{arguments.rows}"),
                 arguments.device,
                 MAX_LENGTH,
+                arguments.kinds,
             ),
             arguments.device,
             arguments.seed,
