@@ -38,9 +38,18 @@ class Trial:
     """One data set and backbone: what levers share, made once and kept."""
 
     def __init__(
-        self, path: str, dataset: str, texts: Texts, device: str, seed: int, validation: int, kinds: tuple[str, ...]
+        self,
+        path: str,
+        dataset: str,
+        texts: Texts,
+        device: str,
+        seed: int,
+        validation: int,
+        kinds: tuple[str, ...],
+        variance: float,
     ) -> None:
         self.kinds = kinds
+        self.variance = variance
         self.validation = validation  # texts that choose in an ordinary calibration
         self.path, self.dataset, self.texts, self.device = path, dataset, texts, device
         self.folds = Folds(texts.labels, SETS[dataset], device, seed)
@@ -66,7 +75,7 @@ class Trial:
     def outcome(self, lever: str) -> Outcome:
         """Of a lever, kept beside the token states, so that another run can compare with it."""
         kinds = "" if lever.endswith("joint head") else f"-{'-'.join(self.kinds)}"
-        file = self.texts.folder / f"outcome-{lever}{kinds}-{self.folds.seed}.pt"
+        file = self.texts.folder / f"outcome-{lever}{kinds}-{self.folds.seed}-{self.variance:g}.pt"
         if file.exists():
             return Outcome(*torch.load(file, weights_only=True))
         found = self.keep(f"outcome {lever}", lambda: LEVERS[lever](self))
@@ -82,7 +91,9 @@ class Trial:
 
     def attention(self, **options: Any) -> Attention:
         name = f"attention {options}"
-        return self.keep(name, lambda: train(self.texts, self.folds, self.hidden, self.moments, **options))
+        return self.keep(
+            name, lambda: train(self.texts, self.folds, self.hidden, self.moments, variance=self.variance, **options)
+        )
 
     def attended(self, *, ffn: bool = True, **options: Any) -> dict[str, Features]:
         """Places of attention-pooled features; FFN neurons take the weights of their own block's output."""
@@ -288,9 +299,10 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.seed,
             len(validation),
             tuple(arguments.kinds),
+            arguments.variance,
         )
         for lever in arguments.levers or LEVERS:
-            if (name, dataset, lever, arguments.seed, kinds, arguments.against) in done:
+            if (name, dataset, lever, arguments.seed, kinds, arguments.against, arguments.variance) in done:
                 continue
             base = trial.outcome(arguments.against)
             start = time.process_time()
@@ -303,6 +315,7 @@ def run(arguments: argparse.Namespace) -> None:
                 "lever": lever,
                 "seed": arguments.seed,
                 "kinds": kinds,
+                "variance": arguments.variance,
                 "against": arguments.against,
                 "rows": len(labels),
                 **outcome.save(trial.folds),
@@ -342,5 +355,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of the folds")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--against", choices=LEVERS, default="mean and max", help="what gains are over")
+    parser.add_argument("--variance", type=float, default=1.6, help="of a logit, in the prior of token weights' heads")
     parser.add_argument("--levers", nargs="+", choices=LEVERS)
     common.measure_or_show(parser, run, show, "findings/levers.jsonl")
