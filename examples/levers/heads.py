@@ -60,7 +60,7 @@ class Folds:
         return torch.ones(len(rows), 1, device=self.device)
 
     def loss(self, scores: Tensor, rows: np.ndarray) -> float:
-        z = scores.double()
+        z = scores.double().to(self.device)
         value = self.task.loss.value(z, self.targets[rows].double(), self.ones(rows).double()).sum()
         return float(value) / len(rows)
 
