@@ -1,0 +1,160 @@
+"""Our own solvers on features of five folds: sparse probes choose neurons, one L2 head reads them.
+
+As in :func:`spin_hf.spin_calibrate`, but with one C for the probes (a fixed multiple of the smallest useful one),
+not a path for each, so that a lever takes seconds. C of the head has the least loss on the rows held out, as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from sklearn.model_selection import StratifiedKFold
+from torch import Tensor
+
+from spin_hf.calibration.probes import standardise
+from spin_hf.calibration.resampling import paired_error
+from spin_hf.calibration.ridge import solve_ridge
+from spin_hf.calibration.selection import entry_shares
+from spin_hf.calibration.solver import smallest_useful_C, solve_path
+from spin_hf.calibration.task import Task
+
+FOLDS = 5
+MOST = 1536  # features of a head
+_FACTORS = (4.0, 8.0)  # times the smallest useful C; the last one counts
+_LOGIT_VARIANCES = (0.4, 1.6, 6.4)
+Features = Callable[[int], Tensor]  # of a fold: ``(texts, width)``
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Labels of all texts, and five parts of them."""
+
+    labels: np.ndarray
+    metric: str
+    device: str
+    seed: int = 0
+
+    @cached_property
+    def task(self) -> Task:
+        names = tuple(map(str, np.unique(self.labels)))
+        return Task.make("single_label_classification", names, self.metric, "multinomial")
+
+    @cached_property
+    def targets(self) -> Tensor:
+        return self.task.targets(self.labels).to(self.device)
+
+    @cached_property
+    def parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        folds = StratifiedKFold(FOLDS, shuffle=True, random_state=self.seed)
+        return list(folds.split(self.labels, self.labels))
+
+    @property
+    def columns(self) -> int:
+        return self.targets.shape[1]
+
+    def ones(self, rows: np.ndarray) -> Tensor:
+        return torch.ones(len(rows), 1, device=self.device)
+
+    def loss(self, scores: Tensor, rows: np.ndarray) -> float:
+        z = scores.double().to(self.device)
+        value = self.task.loss.value(z, self.targets[rows].double(), self.ones(rows).double()).sum()
+        return float(value) / len(rows)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Scores of every text by the head that was not fitted on it, and how many features heads had."""
+
+    scores: Tensor  # (texts, columns)
+    features: float
+
+    def save(self, folds: Folds) -> dict:
+        prediction = folds.task.predict(self.scores)
+        return {
+            "score": 100 * folds.task.score(folds.labels, prediction),
+            "loss": folds.loss(self.scores, np.arange(len(folds.labels))),
+            "features": round(self.features),
+        }
+
+    def gain(self, base: Outcome, folds: Folds) -> tuple[float, float]:
+        """Points over another outcome, and their paired standard error over the texts."""
+        own, other = (folds.task.predict(each.scores) for each in (self, base))
+        score, labels = folds.task.metric, folds.labels
+        error = paired_error(score, labels, own, other, rounds=500)
+        return 100 * (score(labels, own) - score(labels, other)), 100 * error
+
+
+class Selector:
+    """Probes of places, kept by name and fold, so that levers share them."""
+
+    def __init__(self, folds: Folds) -> None:
+        self.folds = folds
+        self._kept: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def columns(self, name: str, features: Features, fold: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Standardised values of a place's salient neurons ``(texts, kept)``, their entry shares, their numbers."""
+        if (name, fold) not in self._kept:
+            folds, rows = self.folds, self.folds.parts[fold][0]
+            values = features(fold).to(folds.device)
+            x = torch.empty(len(rows), values.shape[1], device=values.device)
+            _, mean, scale = standardise(values, rows, rows[:0], out=x)
+            y, s, loss = folds.targets[rows], folds.ones(rows), folds.task.loss
+            least = smallest_useful_C(x, y, s, loss)
+            *_, point = solve_path(x, y, s, loss, [least * factor for factor in _FACTORS], tol=1e-2)
+            entry = entry_shares(point.salience)
+            index = (entry < 1 - 1e-9).nonzero()[:, 0]
+            kept = ((values[:, index] - mean[index]) / scale[index]).half().cpu()
+            self._kept[name, fold] = kept, entry[index].cpu(), index.cpu()
+        return self._kept[name, fold]
+
+    def fit(self, places: dict[str, Features], *, dense: dict[str, Features] | None = None) -> Outcome:
+        """A head on the salient neurons of these places, and on all of the dense ones.
+
+        Both are taken as they come: dense places hold a few features that need no selection.
+        """
+        return head(self.folds, self.matrices(places, dense=dense))
+
+    def matrices(self, places: dict[str, Features], *, dense: dict[str, Features] | None = None) -> list[Tensor]:
+        """What :meth:`fit` fits its heads on."""
+        matrices = []
+        for fold in range(FOLDS):
+            found = [self.columns(name, features, fold) for name, features in places.items()]
+            entry = torch.cat([each[1] for each in found])
+            order = entry.argsort(stable=True)[:MOST].sort().values
+            x = torch.cat([each[0] for each in found], 1)[:, order].float()
+            rows = self.folds.parts[fold][0]
+            for features in (dense or {}).values():
+                own = features(fold).float()
+                x = torch.cat([x, (own - own[rows].mean(0)) / own[rows].std(0).clamp_min(1e-6)], 1)
+            matrices.append(x)
+        return matrices
+
+
+def head(folds: Folds, matrices: Sequence[Tensor], *, share: float = 1.0) -> Outcome:
+    """L2 heads on each fold's standardised features ``(texts, width)``, of the C with the least held-out loss.
+
+    Args:
+        share: of the fold's rows to fit on.
+    """
+    scores = torch.zeros(len(_LOGIT_VARIANCES), len(folds.labels), folds.columns)
+    for fold, (x, (rows, held_out)) in enumerate(zip(matrices, folds.parts, strict=True)):
+        if share < 1:
+            rows = np.random.default_rng(fold).permutation(rows)[: round(len(rows) * share)]
+        for i, z in enumerate(ridge(folds, x, rows, held_out)):
+            scores[i, held_out] = z
+    everything = np.arange(len(folds.labels))
+    losses = [folds.loss(z.to(folds.device), everything) for z in scores]
+    return Outcome(scores[int(np.argmin(losses))], float(np.mean([x.shape[1] for x in matrices])))
+
+
+def ridge(folds: Folds, x: Tensor, rows: np.ndarray, held_out: np.ndarray) -> list[Tensor]:
+    """Scores of the rows held out ``(rows, columns)`` at each C."""
+    own = x[rows].to(folds.device)
+    Cs = [variance / x.shape[1] for variance in _LOGIT_VARIANCES]
+    points = solve_ridge(own, folds.targets[rows], folds.ones(rows), folds.task.loss, Cs, tol=3e-3)
+    other = x[held_out].to(folds.device)
+    return [(other @ point.weight.T + point.intercept).cpu() for point in points]
