@@ -37,6 +37,7 @@ _LEAST_ADDED = 32  # weights of a column that may enter the working set at once;
 _CONTRACTION = 0.5  # a curvature by which a step leaves more of the gap than this no longer serves
 _LARGEST_JOINT = 4096  # weights of coupled columns up to which their whole Hessian is made
 _IN_A_ROW = 25  # steps on one working set; what takes more is ill-conditioned and gets a jump
+_WIDENED = 256  # features turned to float64 at once
 _PATIENCE = 20  # steps without a better gap after which rounding is taken to be the limit
 
 
@@ -157,9 +158,19 @@ class _Problem:
         self.last: list[Quadratic] = []
         self.factors = torch.ones_like(x[0]) if factors is None else factors.to(x)
         self.y, self.s = y.double().to(x.device), s.double().to(x.device)
-        self.weight = x.new_zeros(x.shape[1], y.shape[1]) if start is None else start.T.clone()
+        self.wide = False  # whether products with the features are summed in float64 too
+        self.weight = self.y.new_zeros(x.shape[1], y.shape[1]) if start is None else start.T.double()
         self.intercept = self.y.new_zeros(y.shape[1])
-        self.scores = (x @ self.weight).double()  # without the intercept
+        self.score()
+
+    def score(self) -> None:
+        """Take the scores, without the intercept, and the best intercepts from the weights."""
+        if self.wide:
+            self.scores = torch.zeros_like(self.y)
+            for rows, weight in zip(self.xt.split(_WIDENED), self.weight.split(_WIDENED), strict=True):
+                self.scores.addmm_(rows.T.double(), weight)
+        else:
+            self.scores = (self.xt.T @ self.weight.to(self.xt.dtype)).double()
         self.balance()
 
     def balance(self) -> None:
@@ -170,7 +181,12 @@ class _Problem:
 
     def gradient(self) -> Tensor:
         """Minus the gradient of the loss with respect to all weights over their factors, ``(d, K)``."""
-        return self.xt @ self.residual().to(self.xt.dtype) / self.factors[:, None]
+        residual = self.residual()
+        if self.wide:
+            slope = torch.cat([rows.double() @ residual for rows in self.xt.split(_WIDENED)])
+        else:
+            slope = self.xt @ residual.to(self.xt.dtype)
+        return slope / self.factors[:, None]
 
     def relative_gaps(self, gradient: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
         """Objective and relative duality gap of each column, or of all together in each where they are coupled.
@@ -182,7 +198,7 @@ class _Problem:
             peak = peak.max().expand_as(peak)
         scale = (penalty / peak.clamp_min(1e-300)).clamp(max=1.0)
         z = self.scores + self.intercept
-        primal = self.loss.value(z, self.y, self.s) + penalty * (self.factors @ self.weight.abs()).double()
+        primal = self.loss.value(z, self.y, self.s) + penalty * (self.factors.double() @ self.weight.abs())
         dual = self.loss.dual(self.residual() * scale, self.y, self.s)
         if self.loss.coupled:
             primal, dual = primal.sum().expand_as(primal), dual.sum()
@@ -211,8 +227,13 @@ class _Problem:
                 self.jump(penalty)
                 gradient, active, steps, taken = self.gradient(), self.weight != 0, steps + 1, 0
                 continue
-            if stuck:
+            if stuck and self.wide:
                 break
+            if stuck:  # rounding of float32 is the limit
+                self.wide, self.last = True, []
+                self.score()
+                gradient, last_gap = self.gradient(), float("inf")
+                continue
             active, last_gap = grown, gap
             # A set that is not final need not be solved far beyond what is missing outside it.
             most = min(_IN_A_ROW, max_steps - steps)
@@ -220,15 +241,15 @@ class _Problem:
             steps += taken
             gradient = self.gradient()
         value = float(objective[0] if self.loss.coupled else objective.sum())
-        return PathPoint(C, self.weight.T.clone(), self.intercept.to(self.xt.dtype), value, gap, steps, gap <= tol)
+        return PathPoint(C, self.weight.T.to(self.xt.dtype), self.intercept.to(self.xt.dtype), value, gap, steps, gap <= tol)
 
     def jump(self, penalty: float) -> None:
         """Leave where the steps on the working set are stuck."""
         elastic = Elastic(penalty * self.factors[:, None], self.factors.new_zeros(()), None)
         intercept = self.intercept.to(self.xt.dtype)
-        self.weight, _ = jump(self.xt.T, self.y, self.s, self.loss, elastic, self.weight, intercept)
-        self.scores = (self.xt.T @ self.weight).double()
-        self.balance()
+        weight = self.weight.to(self.xt.dtype)
+        self.weight = jump(self.xt.T, self.y, self.s, self.loss, elastic, weight, intercept)[0].double()
+        self.score()
 
     def _solve_on(self, active: Tensor, penalty: float, unsettled: Tensor, tol: float, max_steps: int) -> int:
         """Proximal Newton on the active weights, intercepts included, to a relative gap of ``tol`` on those weights.
@@ -238,11 +259,12 @@ class _Problem:
         union = active.any(1).nonzero()[:, 0]
         xt = empty(len(union) + 1, self.xt.shape[1], device=self.xt.device)
         torch.index_select(self.xt, 0, union, out=xt[:-1])
+        xt = xt.double() if self.wide else xt
         xt[-1] = 1.0
         factors = self.factors[union, None]
         members = torch.nn.functional.pad(active[union].T, (0, 1), value=True)  # (K, rows of xt)
         penalties = penalty * torch.cat([factors[:, 0], factors.new_zeros(1)]).double().expand(members.shape)
-        present = torch.cat([self.weight[union].double(), self.intercept[None]]).T
+        present = torch.cat([self.weight[union], self.intercept[None]]).T
         parts = self._quadratics(xt, torch.nn.functional.pad(union, (0, 1), value=len(self.xt)), members)
         accuracy, least = 0.1, float(factors.min()) if len(factors) else 1.0
         gaps, lowest = torch.full_like(self.intercept, torch.inf), float("inf")
@@ -264,7 +286,7 @@ class _Problem:
                 self.scores = z + length * shift - self.intercept
                 self.balance()
                 present[:, -1] = self.intercept
-            self.weight[union] = present[:, :-1].T.to(xt.dtype)
+            self.weight[union] = present[:, :-1].T
             gradient = xt[:-1] @ self.residual().to(xt.dtype) / factors
             last, gaps = gaps, self.relative_gaps(gradient * members[:, :-1].T, penalty)[1]
             gap = float(gaps[unsettled].max())
