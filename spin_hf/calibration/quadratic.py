@@ -119,7 +119,7 @@ class Quadratic:
             self._close_rings(gram.T)
 
     def _close_rings(self, values: Tensor) -> None:
-        """Take what is not zero out of the sum over each ring of ``(..., m)``: what rounding and the diagonal put there.
+        """Make ``(..., m)`` sum to zero over each ring, but for what rounding and the diagonal put there.
 
         Else a ring has a best place of its own, far from where the penalty wants it.
         """
@@ -190,10 +190,10 @@ def _l1_quadratic(
 ) -> Tensor:
     """Minimise ``<v, gram v> / 2 - <linear, v> + sum penalties |v|`` until no coordinate's slope is off by more.
 
-    A batch of them, one in each row; one that is done leaves the batch. FISTA finds the signs, an exact solve on the
-    support finds the values: each is slow where the other is quick. ``rings`` ``(r, K)`` are coordinates of a joint
-    problem that change nothing but the penalty when they move together: such a direction has no exact solution until
-    one of them is at zero, where the penalty wants their median.
+    A batch of them, one in each row; one that is done leaves the batch. FISTA finds the signs, exact solves on the
+    support find the values and what of it must go: each is slow where the other is quick. ``rings`` ``(r, K)`` are
+    coordinates of a joint problem that change nothing but the penalty when they move together: such a direction has no
+    exact solution until one of them is at zero, where the penalty wants their median.
     """
 
     def objective(v: Tensor) -> Tensor:

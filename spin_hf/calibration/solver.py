@@ -29,14 +29,13 @@ import torch
 from torch import Tensor
 
 from .blocks import empty
-from .jump import Elastic, jump
 from .losses import Loss
 from .quadratic import Quadratic
 
 _LEAST_ADDED = 32  # weights of a column that may enter the working set at once; more once its support is large
 _CONTRACTION = 0.5  # a curvature by which a step leaves more of the gap than this no longer serves
 _LARGEST_JOINT = 4096  # weights of coupled columns up to which their whole Hessian is made
-_IN_A_ROW = 25  # steps on one working set; what takes more is ill-conditioned and gets a jump
+_IN_A_ROW = 12  # steps on one working set; what takes more is ill-conditioned, and float32 is not enough for it
 _WIDENED = 256  # features turned to float64 at once
 _PATIENCE = 20  # steps without a better gap after which rounding is taken to be the limit
 
@@ -213,42 +212,32 @@ class _Problem:
 
     def solve(self, C: float, tol: float, max_steps: int) -> PathPoint:
         penalty, steps, taken = 1.0 / C, 0, 0
-        gradient = self.gradient()
-        active, last_gap, at_jump = self.weight != 0, float("inf"), float("inf")
+        gradient, active, last_gap, last_value = self.gradient(), self.weight != 0, float("inf"), float("inf")
         while True:
             objective, gaps = self.relative_gaps(gradient, penalty)
-            gap = float(gaps.max())
+            gap, value = float(gaps.max()), float(objective[0] if self.loss.coupled else objective.sum())
             grown = self.working_set(gradient, penalty, active)
             if gap <= tol or steps >= max_steps:
                 break
-            stuck = bool((grown == active).all()) and gap > last_gap / 2
-            if (stuck or taken == _IN_A_ROW) and gap < 0.9 * at_jump:
-                at_jump = gap
-                self.jump(penalty)
-                gradient, active, steps, taken = self.gradient(), self.weight != 0, steps + 1, 0
-                continue
+            stuck = bool((grown == active).all()) and gap > last_gap / 2 and value > (1 - tol) * last_value
             if stuck and self.wide:
                 break
-            if stuck:  # rounding of float32 is the limit
-                self.wide, self.last = True, []
-                self.score()
-                gradient, last_gap = self.gradient(), float("inf")
+            if not self.wide and (stuck or taken == _IN_A_ROW):
+                self.widen()
+                gradient, active, last_gap, last_value = self.gradient(), self.weight != 0, float("inf"), float("inf")
                 continue
-            active, last_gap = grown, gap
+            active, last_gap, last_value = grown, gap, value
             # A set that is not final need not be solved far beyond what is missing outside it.
             most = min(_IN_A_ROW, max_steps - steps)
             taken = self._solve_on(active, penalty, gaps > tol, max(tol / 2, gap / 10), most)
             steps += taken
             gradient = self.gradient()
-        value = float(objective[0] if self.loss.coupled else objective.sum())
-        return PathPoint(C, self.weight.T.to(self.xt.dtype), self.intercept.to(self.xt.dtype), value, gap, steps, gap <= tol)
+        weight, intercept = self.weight.T.to(self.xt.dtype), self.intercept.to(self.xt.dtype)
+        return PathPoint(C, weight, intercept, value, gap, steps, gap <= tol)
 
-    def jump(self, penalty: float) -> None:
-        """Leave where the steps on the working set are stuck."""
-        elastic = Elastic(penalty * self.factors[:, None], self.factors.new_zeros(()), None)
-        intercept = self.intercept.to(self.xt.dtype)
-        weight = self.weight.to(self.xt.dtype)
-        self.weight = jump(self.xt.T, self.y, self.s, self.loss, elastic, weight, intercept)[0].double()
+    def widen(self) -> None:
+        """Sum in float64 from now on: the rounding of float32, or what it adds to the curvature, is the limit."""
+        self.wide, self.last = True, []
         self.score()
 
     def _solve_on(self, active: Tensor, penalty: float, unsettled: Tensor, tol: float, max_steps: int) -> int:
