@@ -108,7 +108,7 @@ def _step(
     hessian.diagonal()[: len(feature)].add_(penalty.ridge)
     present, signs = weight[feature, output], penalty.signs(weight)[feature, output]
     present, signs = (torch.cat([part, x.new_zeros(len(intercept))]) for part in (present, signs))
-    move = _within_signs(hessian, down, present, signs) - present
+    move = within_signs(hessian, down, present, signs) - present
     if not move.isfinite().all():
         return weight, intercept, True
     lengths = torch.tensor(_LENGTHS, dtype=x.dtype, device=x.device)
@@ -122,7 +122,7 @@ def _step(
     return trials[best], intercepts[best], _LENGTHS[best] in (0.0, 1.0)
 
 
-def _within_signs(hessian: Tensor, down: Tensor, present: Tensor, signs: Tensor) -> Tensor:
+def within_signs(hessian: Tensor, down: Tensor, present: Tensor, signs: Tensor) -> Tensor:
     """Where ``<v - present, hessian (v - present)> / 2 - <down, v - present>`` is low among the ``v`` of these signs.
 
     An active set method: to the least value of all, unless some weights would change their signs on the way. Then only

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .blocks import summed
+from .jump import within_signs
 from .losses import Loss
 
 _STEPS_PER_SOLVE = 20
@@ -64,7 +65,7 @@ class Quadratic:
             block = self._rows(xt, k, new)
             self.gram[k, new, : self.sizes[k]] = block
             self.gram[k, : self.sizes[k], new] = block.T
-        self._settle(problems)
+        self._settle(problems, xt.dtype)
 
     def bend(self, xt: Tensor, loss: Loss, z: Tensor, s: Tensor, unsettled: Tensor) -> None:
         """Take the curvature at these scores, for the unsettled ``(K,)`` columns whose present one does not serve."""
@@ -81,7 +82,7 @@ class Quadratic:
         for k in problems:
             size = self.sizes[k]
             self.gram[k, :size, :size] = self._rows(xt, k, torch.arange(size, device=xt.device))
-        self._settle(problems)
+        self._settle(problems, xt.dtype)
 
     def _problems(self, unsettled: Tensor) -> list[int]:
         return [0] if self.joint else unsettled.nonzero()[:, 0].tolist()
@@ -106,14 +107,24 @@ class Quadratic:
             rows[ours[:, None], mine] += (part[ours] @ xt[column[mine]].T).double()
         return rows
 
-    def _settle(self, problems: list[int]) -> None:
+    def _settle(self, problems: list[int], dtype: torch.dtype) -> None:
         self.fits[problems] = True
         for k in problems:
             gram = self.gram[k, : self.sizes[k], : self.sizes[k]]
             gram.copy_((gram + gram.T) / 2)  # rounded to float32, the two halves differ
             self.bound[k] = _largest_eigenvalue(gram)
-            # More than the rounding of float32, so that it can be factorised; little beside any curvature that matters.
-            gram.diagonal().add_(3e-7 * self.bound[k])
+            # More than rounding, so that it can be factorised; little beside any curvature that matters.
+            gram.diagonal().add_(2.5 * torch.finfo(dtype).eps * self.bound[k])
+            self._close_rings(gram)
+            self._close_rings(gram.T)
+
+    def _close_rings(self, values: Tensor) -> None:
+        """Make ``(..., m)`` sum to zero over each ring, but for what rounding and the diagonal put there.
+
+        Else a ring has a best place of its own, far from where the penalty wants it.
+        """
+        if len(self.rings):
+            values[..., self.rings] -= values[..., self.rings].mean(-1, keepdim=True)
 
     def move(self, slope: Tensor, penalties: Tensor, present: Tensor, accuracy: float, unsettled: Tensor) -> Tensor:
         """The way ``(K, m)`` from ``present`` to where the model plus ``penalties * |weights|`` is least.
@@ -126,8 +137,9 @@ class Quadratic:
 
         problems = self._problems(unsettled)
         grams = Grams(self.gram, problems, self.sizes)
-        start = gather(present) * self.real[problems]
-        linear = grams.times(start) + gather(slope) * self.real[problems]
+        start, slopes = gather(present) * self.real[problems], gather(slope) * self.real[problems]
+        self._close_rings(slopes)
+        linear = grams.times(start) + slopes
         bound = self.bound[problems]
         found = _l1_quadratic(grams, linear, gather(penalties), bound, start, accuracy, self.rings)
         move = torch.zeros_like(present).reshape(len(self.own), -1)
@@ -178,10 +190,10 @@ def _l1_quadratic(
 ) -> Tensor:
     """Minimise ``<v, gram v> / 2 - <linear, v> + sum penalties |v|`` until no coordinate's slope is off by more.
 
-    A batch of them, one in each row; one that is done leaves the batch. FISTA finds the signs, an exact solve on the
-    support finds the values: each is slow where the other is quick. ``rings`` ``(r, K)`` are coordinates of a joint
-    problem that change nothing but the penalty when they move together: such a direction has no exact solution until
-    one of them is at zero, where the penalty wants their median.
+    A batch of them, one in each row; one that is done leaves the batch. FISTA finds the signs, exact solves on the
+    support find the values and what of it must go: each is slow where the other is quick. ``rings`` ``(r, K)`` are
+    coordinates of a joint problem that change nothing but the penalty when they move together: such a direction has no
+    exact solution until one of them is at zero, where the penalty wants their median.
     """
 
     def objective(v: Tensor) -> Tensor:
@@ -200,13 +212,8 @@ def _l1_quadratic(
             done = ((w - u).abs() * bound).amax(1) <= accuracy
         if i % _STEPS_PER_SOLVE == 0:
             w[:, rings] -= w[:, rings].median(2, keepdim=True).values
-            toward, value = _minimise_on_support(grams, linear, penalties, w) - w, objective(w)
-            v = w
-            for length in (1.0, 0.3, 0.1):
-                trial = w + length * toward
-                trial = torch.where((trial * w > 0) | (penalties == 0), trial, torch.zeros_like(trial))
-                tried = objective(trial)
-                v, value = torch.where(tried < value, trial, v), torch.minimum(tried, value)
+            v = _minimise_on_support(grams, linear, penalties, w)
+            value = objective(v)
             done = done | (value >= lowest - 1e-12 * lowest.abs())[:, 0]  # as good as float64 can tell
             u, lowest, momentum = v, value, torch.ones_like(bound)
         else:
@@ -228,12 +235,12 @@ def _l1_quadratic(
 
 
 def _minimise_on_support(grams: Grams, linear: Tensor, penalties: Tensor, v: Tensor) -> Tensor:
-    """For each row, the minimiser among vectors with the support of ``v``, its signs taken as given."""
-    exact = v.clone()
+    """For each row, lower by what its support and its signs, or zeros in their place, allow."""
+    lower = v.clone()
     for k, row in enumerate(v):
         support = row.nonzero()[:, 0]
-        factor, failed = torch.linalg.cholesky_ex(grams[k][support[:, None], support])
-        if failed == 0:
-            right = linear[k, support] - penalties[k, support] * row[support].sign()
-            exact[k, support] = torch.cholesky_solve(right[:, None], factor)[:, 0]
-    return exact
+        gram, present = grams[k][support[:, None], support], row[support]
+        signs = present.sign() * (penalties[k, support] > 0)
+        down = linear[k, support] - gram @ present - penalties[k, support] * signs
+        lower[k, support] = within_signs(gram, down, present, signs)
+    return lower

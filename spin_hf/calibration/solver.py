@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 
 from .blocks import empty
-from .jump import Elastic, jump
 from .losses import Loss
 from .quadratic import Quadratic
 
 _LEAST_ADDED = 32  # weights of a column that may enter the working set at once; more once its support is large
 _CONTRACTION = 0.5  # a curvature by which a step leaves more of the gap than this no longer serves
 _LARGEST_JOINT = 4096  # weights of coupled columns up to which their whole Hessian is made
-_IN_A_ROW = 25  # steps on one working set; what takes more is ill-conditioned and gets a jump
+_IN_A_ROW = 12  # steps on one working set; what takes more is ill-conditioned, and float32 is not enough for it
+_WIDENED = 256  # features turned to float64 at once
 _PATIENCE = 20  # steps without a better gap after which rounding is taken to be the limit
 
 
@@ -157,9 +157,19 @@ class _Problem:
         self.last: list[Quadratic] = []
         self.factors = torch.ones_like(x[0]) if factors is None else factors.to(x)
         self.y, self.s = y.double().to(x.device), s.double().to(x.device)
-        self.weight = x.new_zeros(x.shape[1], y.shape[1]) if start is None else start.T.clone()
+        self.wide = False  # whether products with the features are summed in float64 too
+        self.weight = self.y.new_zeros(x.shape[1], y.shape[1]) if start is None else start.T.double()
         self.intercept = self.y.new_zeros(y.shape[1])
-        self.scores = (x @ self.weight).double()  # without the intercept
+        self.score()
+
+    def score(self) -> None:
+        """Take the scores, without the intercept, and the best intercepts from the weights."""
+        if self.wide:
+            self.scores = torch.zeros_like(self.y)
+            for rows, weight in zip(self.xt.split(_WIDENED), self.weight.split(_WIDENED), strict=True):
+                self.scores.addmm_(rows.T.double(), weight)
+        else:
+            self.scores = (self.xt.T @ self.weight.to(self.xt.dtype)).double()
         self.balance()
 
     def balance(self) -> None:
@@ -170,7 +180,12 @@ class _Problem:
 
     def gradient(self) -> Tensor:
         """Minus the gradient of the loss with respect to all weights over their factors, ``(d, K)``."""
-        return self.xt @ self.residual().to(self.xt.dtype) / self.factors[:, None]
+        residual = self.residual()
+        if self.wide:
+            slope = torch.cat([rows.double() @ residual for rows in self.xt.split(_WIDENED)])
+        else:
+            slope = self.xt @ residual.to(self.xt.dtype)
+        return slope / self.factors[:, None]
 
     def relative_gaps(self, gradient: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
         """Objective and relative duality gap of each column, or of all together in each where they are coupled.
@@ -182,7 +197,7 @@ class _Problem:
             peak = peak.max().expand_as(peak)
         scale = (penalty / peak.clamp_min(1e-300)).clamp(max=1.0)
         z = self.scores + self.intercept
-        primal = self.loss.value(z, self.y, self.s) + penalty * (self.factors @ self.weight.abs()).double()
+        primal = self.loss.value(z, self.y, self.s) + penalty * (self.factors.double() @ self.weight.abs())
         dual = self.loss.dual(self.residual() * scale, self.y, self.s)
         if self.loss.coupled:
             primal, dual = primal.sum().expand_as(primal), dual.sum()
@@ -197,38 +212,33 @@ class _Problem:
 
     def solve(self, C: float, tol: float, max_steps: int) -> PathPoint:
         penalty, steps, taken = 1.0 / C, 0, 0
-        gradient = self.gradient()
-        active, last_gap, at_jump = self.weight != 0, float("inf"), float("inf")
+        gradient, active, last_gap, last_value = self.gradient(), self.weight != 0, float("inf"), float("inf")
         while True:
             objective, gaps = self.relative_gaps(gradient, penalty)
-            gap = float(gaps.max())
+            gap, value = float(gaps.max()), float(objective[0] if self.loss.coupled else objective.sum())
             grown = self.working_set(gradient, penalty, active)
             if gap <= tol or steps >= max_steps:
                 break
-            stuck = bool((grown == active).all()) and gap > last_gap / 2
-            if (stuck or taken == _IN_A_ROW) and gap < 0.9 * at_jump:
-                at_jump = gap
-                self.jump(penalty)
-                gradient, active, steps, taken = self.gradient(), self.weight != 0, steps + 1, 0
-                continue
-            if stuck:
+            stuck = bool((grown == active).all()) and gap > last_gap / 2 and value > (1 - tol) * last_value
+            if stuck and self.wide:
                 break
-            active, last_gap = grown, gap
+            if not self.wide and (stuck or taken == _IN_A_ROW):
+                self.widen()
+                gradient, active, last_gap, last_value = self.gradient(), self.weight != 0, float("inf"), float("inf")
+                continue
+            active, last_gap, last_value = grown, gap, value
             # A set that is not final need not be solved far beyond what is missing outside it.
             most = min(_IN_A_ROW, max_steps - steps)
             taken = self._solve_on(active, penalty, gaps > tol, max(tol / 2, gap / 10), most)
             steps += taken
             gradient = self.gradient()
-        value = float(objective[0] if self.loss.coupled else objective.sum())
-        return PathPoint(C, self.weight.T.clone(), self.intercept.to(self.xt.dtype), value, gap, steps, gap <= tol)
+        weight, intercept = self.weight.T.to(self.xt.dtype), self.intercept.to(self.xt.dtype)
+        return PathPoint(C, weight, intercept, value, gap, steps, gap <= tol)
 
-    def jump(self, penalty: float) -> None:
-        """Leave where the steps on the working set are stuck."""
-        elastic = Elastic(penalty * self.factors[:, None], self.factors.new_zeros(()), None)
-        intercept = self.intercept.to(self.xt.dtype)
-        self.weight, _ = jump(self.xt.T, self.y, self.s, self.loss, elastic, self.weight, intercept)
-        self.scores = (self.xt.T @ self.weight).double()
-        self.balance()
+    def widen(self) -> None:
+        """Sum in float64 from now on: the rounding of float32, or what it adds to the curvature, is the limit."""
+        self.wide, self.last = True, []
+        self.score()
 
     def _solve_on(self, active: Tensor, penalty: float, unsettled: Tensor, tol: float, max_steps: int) -> int:
         """Proximal Newton on the active weights, intercepts included, to a relative gap of ``tol`` on those weights.
@@ -238,11 +248,12 @@ class _Problem:
         union = active.any(1).nonzero()[:, 0]
         xt = empty(len(union) + 1, self.xt.shape[1], device=self.xt.device)
         torch.index_select(self.xt, 0, union, out=xt[:-1])
+        xt = xt.double() if self.wide else xt
         xt[-1] = 1.0
         factors = self.factors[union, None]
         members = torch.nn.functional.pad(active[union].T, (0, 1), value=True)  # (K, rows of xt)
         penalties = penalty * torch.cat([factors[:, 0], factors.new_zeros(1)]).double().expand(members.shape)
-        present = torch.cat([self.weight[union].double(), self.intercept[None]]).T
+        present = torch.cat([self.weight[union], self.intercept[None]]).T
         parts = self._quadratics(xt, torch.nn.functional.pad(union, (0, 1), value=len(self.xt)), members)
         accuracy, least = 0.1, float(factors.min()) if len(factors) else 1.0
         gaps, lowest = torch.full_like(self.intercept, torch.inf), float("inf")
@@ -264,7 +275,7 @@ class _Problem:
                 self.scores = z + length * shift - self.intercept
                 self.balance()
                 present[:, -1] = self.intercept
-            self.weight[union] = present[:, :-1].T.to(xt.dtype)
+            self.weight[union] = present[:, :-1].T
             gradient = xt[:-1] @ self.residual().to(xt.dtype) / factors
             last, gaps = gaps, self.relative_gaps(gradient * members[:, :-1].T, penalty)[1]
             gap = float(gaps[unsettled].max())
