@@ -1,9 +1,8 @@
 """A Newton step on the support of one penalised problem: where first-order steps have found the signs, the values.
 
 Weak penalties leave the curvature to the features, whose spread makes first-order steps crawl. On the weights that are
-not zero, their signs taken as given, the objective is smooth and its Hessian a Gram matrix: cheap on a GPU, and worth
-its price on a CPU where other steps are stuck. A weight that would change its sign stops at zero, and of some lengths
-the best is taken, so no jump does harm.
+not zero, their signs taken as given, the objective is smooth and its Hessian a Gram matrix: cheap on a GPU. A weight
+that would change its sign stops at zero, and of some lengths the best is taken, so no jump does harm.
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ largest), in the spirit of glmnet (Friedman et al. 2010) and of celer's working 
 the rows gives a small Gram matrix for each output column; coupled columns share their exact joint Hessian, and where
 that would be too large they move in turn. That matrix is what costs, so it is kept along the path, grows with the
 working set, and is made anew only when a step of it leaves too much of the gap. The L1 quadratic on it is
-solved by FISTA with restarts (Beck and Teboulle 2009; O'Donoghue and Candes 2015), and a line search makes every step a
-descent. Outside the working set nothing is touched until the working set is solved; then one pass over all columns
-yields the gradient, from which come both the next working set and a dual feasible point, hence the gap. It is a
-certificate: the objective can't be improved by more than ``gap`` times itself, whatever the solver did on the way.
+solved by FISTA with restarts (Beck and Teboulle 2009; O'Donoghue and Candes 2015) and an active set, and a line search
+makes every step a descent. Where float32 does not get there, the same goes on in float64. Outside the working set
+nothing is touched until the working set is solved; then one pass over all columns yields the gradient, from which come
+both the next working set and a dual feasible point, hence the gap. It is a certificate: the objective can't be improved
+by more than ``gap`` times itself, whatever the solver did on the way.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class PathPoint:
     """The solution at one ``C``.
 
     ``weight`` is ``(K, d)`` with exact zeros, ``intercept`` is ``(K,)``, both float32 and on the features' device.
-    ``gap`` is the certified relative duality gap, the worst of the ``K`` columns where they are separate problems.
+    ``gap`` is the certified relative duality gap, the worst of the ``K`` columns where they are separate problems; its
+    dual point is that of the weights before they are rounded to float32, which hardly changes the objective.
     """
 
     C: float

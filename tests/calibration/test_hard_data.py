@@ -114,3 +114,21 @@ def test_a_class_of_one(wrap, tokenizer, sentiment_rows):
     assert result.convergence["unconverged"] == 0
     assert finite(model)
     assert model.score.out_features == 3
+
+
+def test_raw_features_of_all_scales_under_a_weak_penalty():
+    # A few neurons of a decoder are a thousand times as wide as the others: raw, they cost next to nothing. Here all
+    # are much alike besides, so that what the classes share matters down to the last digits.
+    draw = torch.Generator().manual_seed(0)
+    shared = torch.randn(400, 8, generator=draw)
+    features = shared @ torch.randn(8, 60, generator=draw) + 0.05 * torch.randn(400, 60, generator=draw)
+    labels = (shared @ torch.randn(8, 6, generator=draw) + torch.randn(400, 6, generator=draw)).argmax(1)
+    y, s = torch.nn.functional.one_hot(labels, 6).double(), torch.ones(400, 1, dtype=torch.float64)
+    x, factors = (features - features.mean(0)) / features.std(0), 1 / torch.logspace(-1, 3, 60)
+    points = list(solve_path(x, y, s, Multinomial(), [0.01, 0.1, 1.0, 10.0], factors=factors))
+    assert all(point.converged for point in points)
+    for point in points:  # what the gap certifies holds for the float32 weights that are returned
+        scores = x.double() @ point.weight.double().T + point.intercept.double()
+        loss = -(torch.log_softmax(scores, 1) * y).sum()
+        value = float(loss + (factors.double() * point.weight.double().abs()).sum() / point.C)
+        assert value - point.objective * (1 - point.gap) < 1.1e-4 * value
