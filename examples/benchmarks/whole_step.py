@@ -12,6 +12,7 @@ forward, divided by the forward; the stages are divided by it likewise. On a CPU
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import sys
@@ -212,10 +213,13 @@ def main() -> None:
     given.batch_tokens = given.batch_tokens or (16384 if cuda else 4096)
     if not given.shape and given.data is None:
         parser.error("give --data with the data sets, or --shape for random weights")
-    rows = [made(shape, given) for shape in given.shape] if given.shape else [real(name, given) for name in given.set]
-    rows = [{**row, "dtype": given.dtype, "batch tokens": given.batch_tokens} for row in rows]
     names = " ".join(given.shape) if given.shape else f"{given.model.name if given.model else 'MiniLM'}"
-    results.report(given.record, f"Whole step: {names}, {given.device}", rows)
+    rows: list[dict[str, Any]] = []
+    for each in given.shape or given.set:
+        row = made(each, given) if given.shape else real(each, given)
+        rows.append({**row, "dtype": given.dtype, "batch tokens": given.batch_tokens})
+        print(json.dumps(rows[-1]), flush=True)
+        results.write_section(given.record, f"Whole step: {names}, {given.device}", rows)  # the next may take long
 
 
 if __name__ == "__main__":
