@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -84,6 +85,7 @@ class Bench:
             shutil.rmtree(partial, ignore_errors=True)
             write(partial)
             partial.rename(made)
+            gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return made

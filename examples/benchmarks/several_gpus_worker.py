@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -164,6 +165,9 @@ def train_one(options: dict[str, Any], way: str) -> None:
     out = Path(options["out"]) / way
     model: Any = SpinForSequenceClassification.from_pretrained(options["classifier"], dtype=torch.float32)
     blocks = list(model.spin.backbone._no_split_modules)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # each process would draw its own
     hf.set_seed(0)  # FSDP takes each process's part from its own weights, and those of an adapter are drawn
     if way != "frozen":
         lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=lora_targets(model), lora_dropout=0.0)
@@ -234,6 +238,8 @@ def train_one(options: dict[str, Any], way: str) -> None:
         "reloaded_logits_differ_by": float((torch.cat(answers).cpu() - logits).abs().max()),
         "largest_logit": float(logits.abs().max()),
     }
+    for folder in ("trained", "trainer"):
+        shutil.rmtree(out / folder, ignore_errors=True)
     (out / "about.json").write_text(json.dumps(about))
 
 
