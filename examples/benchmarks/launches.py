@@ -61,12 +61,12 @@ class Bench:
         """The folder of a classifier that reads neurons of all blocks in the lower half, so that all of these learn."""
 
         def write(folder: Path) -> None:
-            model = self.wrap(shape)
+            model = SpinForSequenceClassification.from_backbone(self.backbone(shape), num_labels=2, dtype=torch.float32)
             model.config.pad_token_id = 0
             half = model.spin.depth // 2
             make_classifier(model, half, keep=half).save_pretrained(folder)
 
-        return str(self._made(f"classifier-{shape}-{self.arguments.dtype}", write))
+        return str(self._made(f"classifier-{shape}", write))
 
     def deep_rows(self, shape: str) -> str:
         """A file of ``--few`` texts whose labels deep neurons of the backbone carry."""
@@ -138,8 +138,11 @@ class Bench:
         """Run a task of the worker in so many processes, by ``accelerate launch`` where there are several.
 
         Raises:
-            Failed: with the end of what it wrote, or when the part's time is over.
+            Failed: with the end of what it wrote, or when the time is over.
         """
+        began = time.monotonic()
+        if began > self.until:
+            raise Failed(f"the time was over before the launch of {out.name}")
         out.mkdir(parents=True, exist_ok=True)
         (out / "options.json").write_text(json.dumps({**options, "out": str(out)}))
         path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -153,11 +156,10 @@ class Bench:
         elif not options.get("device_map"):  # Trainer would use all GPUs that one process sees
             seen = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
             env["CUDA_VISIBLE_DEVICES"] = ",".join(seen.split(",")[:count])
-        began = time.monotonic()
         with (out / "log").open("w") as log:
-            code = start(task, out / "options.json", count, env, log, max(1.0, min(self.until - began, 1e6)))
+            code = start(task, out / "options.json", count, env, log, min(self.until - began, 1e6))
         if code is None:
-            raise Failed(f"the time of the part was over, {time.monotonic() - began:.0f} s after this launch")
+            raise Failed(f"the time was over, {time.monotonic() - began:.0f} s after the launch of {out.name}")
         if code:
             raise Failed((out / "log").read_text(errors="replace")[-6000:])
 
@@ -254,8 +256,8 @@ def trained(out: Path, alone: Path) -> Row:
     """
     one, other = load_file(alone / "weights.safetensors"), load_file(out / "weights.safetensors")
     names = [name for name in one if not name.startswith("before.")]
-    distances = []
-    for name in names:
+    distances = [0.0 if one.keys() == other.keys() else float("inf")]
+    for name in (name for name in names if name in other):
         moved = (one[name] - one[f"before.{name}"]).double().norm()
         distances.append(float((other[name] - one[name]).double().norm() / moved.clamp_min(1e-30)))
     pairs = zip(about(alone)["losses"], about(out)["losses"], strict=True)

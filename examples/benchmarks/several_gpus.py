@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--Cs", type=int, default=10, help="as of spin_calibrate")
     parser.add_argument("--steps", type=int, default=5, help="of Trainer, in float32")
     parser.add_argument("--dtype", default="bfloat16" if gpus else "float32")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds for each part")
+    parser.add_argument("--limit", type=float, default=7200, help="seconds in all; then what runs is ended")
     parser.add_argument("--folder", type=Path, help="for backbones, features and what was found; default: a temporary")
     arguments = parser.parse_args()
     arguments.processes = arguments.processes or [
@@ -215,9 +215,9 @@ def main() -> None:
         folder = arguments.folder or Path(held.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         bench = Bench(arguments, folder.resolve())
+        bench.until = time.monotonic() + arguments.limit
         for part in arguments.parts:
             rows: list[Row] = []
-            bench.until = time.monotonic() + arguments.limit
             name = f"Several GPUs, {part}: {' '.join(arguments.shape)}, {device}"
             try:
                 for row in PARTS[part](bench):
