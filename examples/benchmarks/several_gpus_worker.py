@@ -58,7 +58,10 @@ def calibrate(options: dict[str, Any]) -> None:
     rows = options.get("rows")
     rows = json.loads(Path(rows).read_text()) if rows else make_rows(options["texts"], options["tokens"])
     model = SpinForSequenceClassification.from_backbone(
-        options["backbone"], num_labels=2, dtype=getattr(torch, options["dtype"]), **placement(options)
+        options["backbone"],
+        num_labels=max(rows["label"]) + 1,
+        dtype=getattr(torch, options["dtype"]),
+        **placement(options),
     )
     held: Counter[str] = Counter()  # by device, while all blocks are there
     for parameter in model.spin.backbone.parameters():

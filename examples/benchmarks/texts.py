@@ -15,6 +15,7 @@ from spin_hf.taps import Tap
 from spin_hf.training import store_features
 
 WORDS = 512  # every shape has so many ids
+DRAWN = 64  # neurons at each place
 MISLABELLED = 0.05  # a label that could be read without fault would end the probes' paths at once
 
 
@@ -42,26 +43,33 @@ def make_rows(count: int, tokens: int, seed: int = 0) -> dict[str, list[Any]]:
 def make_deep_rows(
     model: SpinForSequenceClassification, count: int, tokens: int, *, batch_tokens: int
 ) -> dict[str, list[Any]]:
-    """Such texts, whose label is the sign of a sum of four neurons of this backbone; 5% are mislabelled.
+    """Texts with four labels: whether an FFN neuron of the last block is above its median, and whether a hidden one
+    at three quarters of the depth is, both under the maximum; 5% are mislabelled.
 
-    Two are FFN neurons and two hidden ones, at three quarters of its depth and in its last block, each kind once under
-    the mean and once under the maximum: no single tap carries the label, and the best classifier reads the last block.
-    **Changes the model in place.**
+    One tap carries half of a label, so that the best classifier reads both. Of the neurons drawn at each place it is
+    the one that goes with the others least: much of a random backbone's states goes together. **Changes the model.**
     """
     rows, draw = make_rows(count, tokens), np.random.default_rng(1)
-    deep, last = 3 * model.spin.depth // 4, model.spin.depth
-    places = [(Tap("ffn", deep), "max"), (Tap("hidden", deep), "mean"), (Tap("ffn", last), "mean")]
-    places.append((Tap("hidden", last), "max"))
+    last = model.spin.depth
+    places = [(Tap("hidden", 3 * last // 4), "max"), (Tap("ffn", last), "max")]
     tokenizer = make_tokenizer(tokens)
-    neurons = draw.integers(0, model.spin.backbone.config.hidden_size, 4)  # no tap is narrower
-    groups = [FeatureGroup(*place, torch.tensor([neuron])) for place, neuron in zip(places, neurons, strict=True)]
-    model.spin.set_features(groups, torch.zeros(4), torch.ones(4), depth=last)
+    width = model.spin.backbone.config.hidden_size  # no tap is narrower
+    drawn = [np.sort(draw.permutation(width)[:DRAWN]) for _ in places]
+    groups = [FeatureGroup(*place, torch.from_numpy(own)) for place, own in zip(places, drawn, strict=True)]
+    size = sum(map(len, drawn))
+    model.spin.set_features(groups, torch.zeros(size), torch.ones(size), depth=last)
     model.config.pad_token_id = tokenizer.pad_token_id
     read = store_features(model, tokenizer, rows, batch_tokens=batch_tokens)["features"][:].double().numpy()
-    total = ((read - read.mean(0)) / read.std(0)).sum(1)
-    return {**rows, "label": _mislabelled((total > np.median(total)).astype(np.int64), draw)}
+    standard = (read - read.mean(0)) / read.std(0).clip(1e-12)
+    together = np.square(standard.T @ standard / count).mean(1)
+    together[read.std(0) < 1e-12] = np.inf
+    labels = np.zeros(count, dtype=np.int64)
+    for values, own in zip(np.split(standard, 2, 1), np.split(together, 2), strict=True):
+        column = values[:, own.argmin()]
+        labels = 2 * labels + (column > np.median(column))
+    return {**rows, "label": _mislabelled(labels, draw, 4)}
 
 
-def _mislabelled(labels: np.ndarray, draw: np.random.Generator) -> list[int]:
-    swapped: list[int] = np.where(draw.random(len(labels)) < MISLABELLED, 1 - labels, labels).tolist()
-    return swapped
+def _mislabelled(labels: np.ndarray, draw: np.random.Generator, classes: int = 2) -> list[int]:
+    given: list[int] = np.where(draw.random(len(labels)) < MISLABELLED, (labels + 1) % classes, labels).tolist()
+    return given
