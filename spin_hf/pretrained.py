@@ -49,7 +49,7 @@ class SpinPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     # Not all of standardizer and exits: their indices would become floats.
     _keep_in_fp32_modules_strict = [
-        *("score", "gates", "standardizer.mean", "standardizer.scale"),
+        *("score", "gates", "standardizer.mean", "standardizer.scale", "standardizer.queries"),
         *("exits.heads.*.weight", "exits.heads.*.bias"),
     ]
 
