@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from .attention import ATTENTION
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is not ours, too new, damaged, inconsistent, or that needs trust the caller did not give."""
