@@ -90,7 +90,7 @@ class PoolingTogether:
             self._pool()
 
     def finish(self) -> dict[Any, list[Tensor]]:
-        """For each tap ``(batch, neurons)`` of each of its poolings, in float32; with one column more under attention."""
+        """For each tap ``(batch, neurons)`` of each of its poolings, in float32; one column more under attention."""
         self._pool()
         return self._found
 

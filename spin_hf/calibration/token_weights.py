@@ -82,7 +82,9 @@ def _rows(texts: Texts, bytes_per_token: int, seed: int) -> list[np.ndarray]:
     lengths = np.asarray(_lengths(texts.encoded))
     share = _MOST_BYTES / (bytes_per_token * max(1, int(lengths[train].sum() + lengths[held_out].sum())))
     draw = np.random.default_rng(seed)
-    some = [rows if share >= 1 else draw.permutation(rows)[: max(1, int(share * len(rows)))] for rows in (train, held_out)]
+    some = [
+        rows if share >= 1 else draw.permutation(rows)[: max(1, int(share * len(rows)))] for rows in (train, held_out)
+    ]
     return [rows[np.argsort(-lengths[rows], kind="stable")] for rows in some]
 
 
@@ -216,7 +218,10 @@ class _Weighted(nn.Module):
         super().__init__()
         self.taps = list(states.values)
         # Of every few tokens: shift and scale need no more, and reading all takes as long as an epoch.
-        some = [torch.from_numpy(values[:: 1 + len(values) // 100_000].astype(np.float32)) for values in states.values.values()]
+        some = [
+            torch.from_numpy(values[:: 1 + len(values) // 100_000].astype(np.float32))
+            for values in states.values.values()
+        ]
         self.mean = [x.mean(0) for x in some]
         self.scale = [x.std(0, correction=0).clamp_min(1e-6) for x in some]
         self.size = sum(x.shape[1] for x in some) ** 0.5
@@ -234,7 +239,7 @@ class _Weighted(nn.Module):
     def forward(self, states: _States, own: slice) -> Tensor:
         """Scores ``(texts, columns)``."""
         mask = states.mask(own, self.bias.device)
-        total = self.bias
+        total: Tensor = self.bias
         for tap, scorer, weight, mean, scale in zip(
             self.taps, self.scorers(), self.weight, self.mean, self.scale, strict=True
         ):
@@ -245,9 +250,8 @@ class _Weighted(nn.Module):
         return total
 
     def penalty(self) -> Tensor:
-        return sum((w.square().sum() / _VARIANCE for w in self.weight), start=self.bias.new_zeros(())) + sum(
-            q.square().sum() for q in self.query
-        )
+        parts = [weight.square().sum() / _VARIANCE for weight in self.weight]
+        return torch.stack([*parts, *(query.square().sum() for query in self.query)]).sum()
 
 
 def _train(

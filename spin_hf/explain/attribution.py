@@ -125,7 +125,9 @@ class _Kept(NamedTuple):
     """Which tokens a pooled value of some rows comes from."""
 
     rows: slice
-    attained: Tensor  # (rows, tokens, neurons), or (rows, tokens, 1) where it is the same for all; of attention its parts
+    attained: (
+        Tensor  # (rows, tokens, neurons), or (rows, tokens, 1) where it is the same for all; of attention its parts
+    )
     pooled: Tensor  # (rows, neurons); of attention (rows,), the logarithm of the weights' normaliser
 
 
@@ -151,7 +153,7 @@ class _Spread:
         self.exact = _exact(self.device)
         self.parts_of: dict[Tap, list[tuple[str, Tensor, slice]]] = {}  # with their place among the features
         start = 0
-        for tap, pooling, neurons in selection.groups():
+        for tap, pooling, neurons, _ in selection.groups():
             own = slice(start, start + len(neurons))
             self.parts_of.setdefault(tap, []).append((pooling, neurons, own))
             start = own.stop

@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from ..features import FeatureGroup
 from ..gates import Gates
 from ..modeling_spin import NotCalibratedError, SpinForSequenceClassification
 from ..taps import model_device

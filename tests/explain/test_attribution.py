@@ -5,7 +5,17 @@ import copy
 import numpy as np
 import pytest
 import torch
-from builders import CONFIGS, EVERY_POOLING, GOOD, SIZE, VOCABULARY, calibrated, make_backbone, make_tokenizer, with_exits
+from builders import (
+    CONFIGS,
+    EVERY_POOLING,
+    GOOD,
+    SIZE,
+    VOCABULARY,
+    calibrated,
+    make_backbone,
+    make_tokenizer,
+    with_exits,
+)
 from census.checks import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
