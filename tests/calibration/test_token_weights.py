@@ -30,13 +30,13 @@ def calibrate(rows, *, backbone=None, **options):
 
 
 def one_word_counts(count, seed=0):
-    """Long texts of neutral words, labelled by whether one word among them is a good one: a mean drowns it."""
+    """Texts of neutral words, labelled by whether one word among them is "good": a mean drowns it."""
     draw = random.Random(seed)
     rows = []
     for number in range(count):
-        words = draw.choices(NEUTRAL, k=40)
+        words = draw.choices(NEUTRAL, k=20)
         if number % 2:
-            words[draw.randrange(40)] = draw.choice(GOOD)
+            words[draw.randrange(20)] = GOOD[0]
         rows.append((" ".join(words), number % 2))
     return {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
 
@@ -102,7 +102,7 @@ def test_calibration_finds_the_word_that_counts(tmp_path):
     (found,) = explain(model, tokenizer, [text])
     by_word = found.by("word")
     strongest = by_word.keys[int(np.argmax(by_word.values[:, 1]))]
-    assert any(word in str(strongest) for word in GOOD)
+    assert GOOD[0] in str(strongest)
     model.save_pretrained(tmp_path)
     loaded = SpinForSequenceClassification.from_pretrained(tmp_path)
     assert np.array_equal(
