@@ -37,7 +37,7 @@ from .result import CalibrationResult
 from .stages import conclude, probe_all, try_heads
 from .store import required_bytes
 from .task import Metric, Task
-from .token_weights import PARTS, Texts, learn_queries
+from .token_weights import PARTS, Texts, learn_queries, states_bytes
 from .windowing import check_window_options, make_windows
 
 
@@ -214,6 +214,9 @@ def spin_calibrate(
             f"{required_bytes(widths, recipe.poolings, count) / 1e6:,.0f} MB of disk, "
             f"{probe_bytes(max(widths.values()), count, len(data.fits())) / 1e6:,.0f} MB of memory for a probe."
         )
+        if weighted:
+            needed = states_bytes(model.spin, read, encoded) / 1e6
+            show.say(f"{needed:,.0f} MB more of disk while token weights are learned.")
         key = ""
         if cache_dir is not None or ranks.count > 1:
             key = fingerprint(model.spin, encoded, read, recipe.poolings, batch_tokens)
@@ -233,7 +236,7 @@ def spin_calibrate(
         about = {"backbone": model.config.backbone_id, "texts": count, "tokens": sum(encoded.lengths)}
         about["batching"] = model.config.batching
         # Token weights are learned from the labels, by this version of torch on this kind of device.
-        learned = f"{data.fingerprint()} {seed} {torch.__version__} {model_device(model)}" if weighted else ""
+        learned = f"{data.fingerprint()} {seed} {torch.__version__} {model_device(model).type}" if weighted else ""
         with open_store(
             cache_dir,
             key=key_of(key, model.config.batching, learned),

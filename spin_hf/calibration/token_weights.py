@@ -30,6 +30,7 @@ from .errors import CalibrationError, OutputFolderError
 from .extraction import Encoded, pad, plan_batches
 from .halving import in_halves, is_out_of_memory, no_room
 from .probes import Labelled
+from .solver import balance
 
 _MOST_BYTES = 4 * 2**30  # of states; of more texts than that a part is drawn to learn from
 _EPOCHS, _LEAST_STEPS = 10, 200
@@ -74,6 +75,12 @@ def learn_queries(
 
 
 PARTS = 1 + _EPOCHS  # the reading, and about as many passes
+
+
+def states_bytes(model: SpinModel, taps: Sequence[Tap], encoded: Encoded) -> int:
+    """What :func:`learn_queries` needs of the disk meanwhile."""
+    width = sum(tap_width(model.backbone, model.layout, tap) for tap in dict.fromkeys(map(source, taps)))
+    return min(_MOST_BYTES, 2 * width * sum(_lengths(encoded)))
 
 
 def _rows(texts: Texts, bytes_per_token: int, seed: int) -> list[np.ndarray]:
@@ -214,7 +221,7 @@ class _Writing:
 class _Weighted(nn.Module):
     """A linear head over the tokens' weighted means of all taps, in standardised states."""
 
-    def __init__(self, states: _States, columns: int) -> None:
+    def __init__(self, states: _States, bias: Tensor) -> None:
         super().__init__()
         self.taps = list(states.values)
         # Of every few tokens: shift and scale need no more, and reading all takes as long as an epoch.
@@ -226,8 +233,8 @@ class _Weighted(nn.Module):
         self.scale = [x.std(0, correction=0).clamp_min(1e-6) for x in some]
         self.size = sum(x.shape[1] for x in some) ** 0.5
         self.query = nn.ParameterList(torch.zeros(x.shape[1]) for x in some)
-        self.weight = nn.ParameterList(torch.zeros(x.shape[1], columns) for x in some)
-        self.bias = nn.Parameter(torch.zeros(columns))
+        self.weight = nn.ParameterList(torch.zeros(x.shape[1], len(bias)) for x in some)
+        self.bias = nn.Parameter(bias)
 
     def scorers(self) -> list[Tensor]:
         """The queries for states as they are."""
@@ -257,8 +264,15 @@ class _Weighted(nn.Module):
 def _train(
     states: _States, data: Labelled, device: torch.device, seed: int, advance: Callable[[int], Any]
 ) -> dict[Tap, Tensor]:
-    y, s = data.targets[states.rows].to(device), data.weights[states.rows].to(device)
-    model = _Weighted(states, y.shape[1]).to(device)
+    y, s = data.targets[states.rows], data.weights[states.rows]
+    learned = slice(0, states.trained)
+    if data.task.problem_type == "regression":  # of any unit; only which tokens matter is learned
+        scale, centre = torch.std_mean(y[learned], 0, correction=0)
+        y = (y - centre) / scale.clamp_min(1e-6)
+    start = torch.zeros_like(y[learned], dtype=torch.float64)
+    bias = balance(data.task.loss, start, start[0], y[learned].double(), s[learned].double())
+    y, s = y.to(device), s.to(device)
+    model = _Weighted(states, bias.float()).to(device)
     most = min(_MOST_TEXTS, max(_LEAST_TEXTS, states.trained // 20))
     steps = states.steps(0, states.trained, most)
     looks = states.steps(states.trained, len(states.rows), _MOST_TEXTS)
@@ -266,7 +280,7 @@ def _train(
     optimiser = torch.optim.Adam(model.parameters(), lr=_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, epochs * len(steps))
     draw = torch.Generator().manual_seed(seed)
-    total = s[: states.trained].mean(1).sum()
+    total = s[learned].mean(1).sum()
     best, kept = float("inf"), [query.detach().cpu() for query in model.scorers()]
 
     def loss(own: slice) -> Tensor:

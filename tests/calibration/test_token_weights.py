@@ -156,7 +156,9 @@ def test_a_second_run_learns_nothing_anew_and_ends_the_same(tmp_path, monkeypatc
 def test_other_problems(problem):
     rows = make_sentiment_rows(60)
     multi = problem == "multi_label_classification"
-    labels = [["good"] if label else [] for label in rows["label"]] if multi else [float(x) for x in rows["label"]]
+    labels = (
+        [["good"] if label else [] for label in rows["label"]] if multi else [1000.0 + 300 * x for x in rows["label"]]
+    )
     model = SpinForSequenceClassification.from_backbone(
         make_backbone("bert"), problem_type=problem, **({"labels": ["good"]} if multi else {})
     )
