@@ -1,4 +1,4 @@
-"""Accuracy of five ways to classify with a frozen model, on public data sets: the table in this folder's README.
+"""Accuracy of six ways to classify with a frozen model, on public data sets: the table in this folder's README.
 
 Every choice (C of the baselines, everything in SPIN) is made on validation; test is scored once per row and method.
 Results are appended to a JSON-lines file and skipped when already there, so a stopped run goes on.
@@ -36,7 +36,7 @@ from spin_hf import SpinForSequenceClassification, spin_calibrate
 from spin_hf.demo import backbone_folder
 from spin_hf.prediction import predict
 
-METHODS = ("tfidf", "last layer", "best probe", "spin paper", "spin")
+METHODS = ("tfidf", "last layer", "best probe", "spin paper", "spin", "spin attention")
 SETS = {"sst2": "accuracy", "trec": "accuracy", "edos": "macro_f1", "imdb": "accuracy"}
 IMDB_ROWS = 5000
 SEED = common.SEED
@@ -175,6 +175,8 @@ def measure(
     options: dict[str, Any] = {}
     if method == "best probe":
         options = {"etas": []}
+    elif method == "spin attention":
+        options = {"poolings": ["attention"]}
     elif method == "spin paper":
         options = {"preset": "paper", "poolings": arguments.paper_poolings}
     return spin(path, data, metric, device, cache, **options)

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,21 +160,25 @@ class Weights:
         """SHA-256 of the head's tensors: names, dtypes, shapes and values."""
         return _digest(self.own().items())
 
-    def check(self, checksum: str | None, num_features: int) -> None:
+    def check(self, checksum: str | None, num_features: int, query_widths: Sequence[int] = ()) -> None:
         """Raise :class:`CheckpointError` unless the head's tensors are there, of the right size, as they were saved.
 
         Args:
             checksum: from the config; ``None`` of an early checkpoint that has none.
-            num_features: from the config.
+            num_features, query_widths: from the config.
         """
         prefix = "spin." if any(name.startswith("spin.") for name in self.shapes) else ""
-        names = [f"{prefix}standardizer.{part}" for part in ("neurons", "mean", "scale")]
-        if missing := [name for name in names if name not in self.shapes]:
+        sizes = dict.fromkeys(("neurons", "mean", "scale"), num_features)
+        if query_widths:
+            sizes["queries"] = sum(query_widths)
+        needed = {f"{prefix}standardizer.{part}": size for part, size in sizes.items()}
+        if missing := [name for name in needed if name not in self.shapes]:
             raise CheckpointError(f"{self.source} lacks {', '.join(missing)}. Save the model again.")
-        for name in names:
-            if self.shapes[name] != (num_features,):
+        for name, size in needed.items():
+            if self.shapes[name] != (size,):
+                promised = f"{num_features} features" if size == num_features else f"{size} values of queries"
                 raise CheckpointError(
-                    f"config.json of {self.source} promises {num_features} features, but its weights hold {name} of "
+                    f"config.json of {self.source} promises {promised}, but its weights hold {name} of "
                     f"shape {self.shapes[name]}. Config and weights are not of one checkpoint."
                 )
         if checksum is not None and self.checksum() != checksum:

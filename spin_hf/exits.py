@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .features import FeatureGroup, Kept, Selection, Standardizer, group_by_tap
+from .attention import ATTENTION
+from .features import FeatureGroup, Kept, Selection, Standardizer, group_by_tap, query_widths
 
 
 class ExitError(ValueError):
@@ -85,7 +86,7 @@ class Exits(nn.Module):
     ) -> None:
         super().__init__()
         self.parts = group_by_tap(features)
-        self.standardizer = Standardizer(sum(entry["count"] for entry in features))
+        self.standardizer = Standardizer(sum(entry["count"] for entry in features), query_widths(features))
         self.heads = nn.ModuleList(ExitHead(each["num_features"], num_labels, each["temperature"]) for each in exits)
 
     def fill(self, groups: Sequence[FeatureGroup], mean: Tensor, scale: Tensor, exits: Sequence[Exit]) -> None:
@@ -112,7 +113,7 @@ class Exits(nn.Module):
         ends = [stop for _, of_tap in self.parts for _, _, stop in of_tap]
         bounds = iter(torch.searchsorted(columns, torch.tensor(ends, device=columns.device)).tolist())
         kept, start = [], 0
-        for tap, of_tap in self.parts:
+        for (tap, of_tap), shared in zip(self.parts, everything.kept, strict=True):
             first, poolings = start, []
             for pooling, _, _ in of_tap:
                 stop = next(bounds)
@@ -120,7 +121,8 @@ class Exits(nn.Module):
                     poolings.append((pooling, stop - start))
                 start = stop
             if poolings:
-                kept.append(Kept(tap, self.standardizer.neurons[columns[first:start]], poolings))
+                query = shared.query if any(pooling == ATTENTION for pooling, _ in poolings) else None
+                kept.append(Kept(tap, self.standardizer.neurons[columns[first:start]], poolings, query))
         return Selection(kept, everything.mean[columns], everything.scale[columns])
 
     def forward(self, shared: Tensor) -> Tensor:

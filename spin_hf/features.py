@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .attention import ATTENTION
 from .layout import Tap
 
 
@@ -17,6 +18,7 @@ class FeatureGroup(NamedTuple):
     tap: Tap
     pooling: str
     neurons: Tensor  # (count,) int64
+    query: Tensor | None = None  # of its token weights, (width,) float32; under the pooling "attention"
 
 
 TapParts = list[tuple[Tap, list[tuple[str, int, int]]]]  # for each tap its (pooling, start, stop)
@@ -28,6 +30,7 @@ class Kept(NamedTuple):
     tap: Tap
     neurons: Tensor  # (count,) int64, those of one pooling after another
     poolings: list[tuple[str, int]]  # and how many neurons each of them has
+    query: Tensor | None = None  # of its token weights, where one of them is "attention"
 
 
 class Selection(NamedTuple):
@@ -40,10 +43,14 @@ class Selection(NamedTuple):
     def groups(self) -> list[FeatureGroup]:
         """The neurons, group by group, in the order of the features."""
         return [
-            FeatureGroup(tap, pooling, own)
-            for tap, neurons, poolings in self.kept
+            FeatureGroup(tap, pooling, own, query if pooling == ATTENTION else None)
+            for tap, neurons, poolings, query in self.kept
             for (pooling, _), own in zip(poolings, neurons.split([count for _, count in poolings]), strict=True)
         ]
+
+    def queries(self) -> dict[Tap, Tensor]:
+        """Of the taps that are pooled by token weights."""
+        return {each.tap: each.query for each in self.kept if each.query is not None}
 
     def standardise(self, pooled: Sequence[Tensor]) -> Tensor:
         """Features ``(batch, num_features)`` from the pooled neurons ``(batch, neurons)`` of each tap and pooling."""
@@ -56,17 +63,24 @@ class Standardizer(nn.Module):
     neurons: Tensor
     mean: Tensor
     scale: Tensor
+    queries: Tensor | None  # one after another, in the order of the taps
 
-    def __init__(self, num_features: int) -> None:
+    def __init__(self, num_features: int, widths: Sequence[int] = ()) -> None:
+        """``widths``: of the queries of the taps with token weights, in the order of the features."""
         super().__init__()
+        self.widths = list(widths)
         self.register_buffer("neurons", torch.zeros(num_features, dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(num_features, dtype=torch.float32))
         self.register_buffer("scale", torch.ones(num_features, dtype=torch.float32))
+        self.register_buffer("queries", torch.zeros(sum(widths), dtype=torch.float32) if widths else None)
 
     @classmethod
     def of(cls, groups: Sequence[FeatureGroup], mean: Tensor, scale: Tensor) -> Standardizer:
         """With the neurons of these groups, and the shift and scale of each, ``(num_features,)``."""
-        made = cls(len(mean))
+        queries = [group.query for group in groups if group.query is not None]
+        made = cls(len(mean), list(map(len, queries)))
+        if made.queries is not None:
+            made.queries.copy_(torch.cat(queries))
         made.neurons.copy_(torch.cat([group.neurons for group in groups]))
         made.mean.copy_(mean)
         made.scale.copy_(scale)
@@ -76,10 +90,12 @@ class Standardizer(nn.Module):
         """All its neurons, which these parts divide by tap and pooling."""
         ends = [(of_tap[0][1], of_tap[-1][2]) for _, of_tap in parts]
         neurons = self.neurons.split([stop - start for start, stop in ends])
-        kept = [
-            Kept(tap, own, [(pooling, stop - start) for pooling, start, stop in of_tap])
-            for (tap, of_tap), own in zip(parts, neurons, strict=True)
-        ]
+        queries = iter(() if self.queries is None else self.queries.split(self.widths))
+        kept = []
+        for (tap, of_tap), own in zip(parts, neurons, strict=True):
+            poolings = [(pooling, stop - start) for pooling, start, stop in of_tap]
+            weighted = any(pooling == ATTENTION for pooling, _ in poolings)
+            kept.append(Kept(tap, own, poolings, next(queries) if weighted else None))
         return Selection(kept, self.mean, self.scale)
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -96,7 +112,16 @@ def described(groups: Sequence[FeatureGroup]) -> list[dict[str, Any]]:
     order = [(group.tap.block, group.tap.kind, group.pooling) for group in groups]
     if order != sorted(order):
         raise ValueError("Feature groups must be sorted by block, kind and pooling.")
-    return [{"tap": str(group.tap), "pooling": group.pooling, "count": len(group.neurons)} for group in groups]
+    return [
+        {"tap": str(group.tap), "pooling": group.pooling, "count": len(group.neurons)}
+        | ({} if group.query is None else {"query": len(group.query)})
+        for group in groups
+    ]
+
+
+def query_widths(features: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Of the queries that entries of ``SpinConfig.features`` need."""
+    return [entry["query"] for entry in features if "query" in entry]
 
 
 def group_by_tap(features: Sequence[Mapping[str, Any]]) -> TapParts:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .attention import TokenWeights as TokenWeights
 from .backbone import load_backbone, pinned_revision
 from .batching import split_rows as split_rows
 from .checkpoint import Form as Form

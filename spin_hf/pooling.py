@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-Pooling = Literal["first", "last", "mean", "max"]
+from .attention import ATTENTION, TokenWeights
+from .layout import Tap
+
+Pooling = Literal["first", "last", "mean", "max"]  # those without learned weights, for which see attention.py
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
@@ -43,14 +46,15 @@ class PoolingTogether:
 
     Args:
         mask: as :func:`pool` takes it, of the texts of all taps.
+        weights: of the tokens, for what is pooled by attention; the source of a tap is seen before the tap is added.
     """
 
     # Numbers that wait. On a CPU they should stay in its cache; a GPU would spend a large batch on launching kernels.
     _MOST: ClassVar[dict[str, int]] = {"cpu": 2**18}
     _MOST_ELSEWHERE = 2**24  # 64 MB of float32
 
-    def __init__(self, mask: Tensor) -> None:
-        self._mask = mask
+    def __init__(self, mask: Tensor, weights: TokenWeights | None = None) -> None:
+        self._mask, self._weights = mask, weights or TokenWeights({}, mask)
         self._found: dict[Any, list[Tensor]] = {}
         self._waiting: dict[str, list[tuple[Any, int, Tensor]]] = {}
         self._count = 0
@@ -58,11 +62,11 @@ class PoolingTogether:
         # A graph for any number of texts can't decide by it. Older versions of torch don't tell export from compile.
         self._at_once = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
-    def add(self, key: Hashable, values: Tensor, poolings: Sequence[tuple[str, int]]) -> None:
-        """Take the neurons of one key.
+    def add(self, key: Tap, values: Tensor, poolings: Sequence[tuple[str, int]]) -> None:
+        """Take the neurons of one tap.
 
         Args:
-            key: of the result.
+            key: the tap.
             values: activations ``(batch, tokens, neurons)``.
             poolings: and how many neurons each of them pools, one after another.
 
@@ -76,6 +80,9 @@ class PoolingTogether:
         self._found[key] = [values] * len(poolings)
         parts = [values] if len(poolings) == 1 else values.split_with_sizes([count for _, count in poolings], -1)
         for place, ((pooling, _), part) in enumerate(zip(poolings, parts, strict=True)):
+            if pooling == ATTENTION:
+                self._found[key][place] = self._weights.pool(key, part)
+                continue
             self._waiting.setdefault(pooling, []).append((key, place, part))
         if not self._at_once:
             self._count += values.numel()
@@ -83,7 +90,7 @@ class PoolingTogether:
             self._pool()
 
     def finish(self) -> dict[Any, list[Tensor]]:
-        """For each key ``(batch, neurons)`` of each of its poolings, in float32."""
+        """For each tap ``(batch, neurons)`` of each of its poolings, in float32; one column more under attention."""
         self._pool()
         return self._found
 

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from .backbone import HUB_ARGUMENTS, fitting_backbone, pinned_revision
 from .checkpoint import FORMS, Form, Weights, amend_config, copy_code, dtype_name, fingerprints, is_own, staged
 from .configuration_spin import SpinConfig, unsealed
+from .features import query_widths
 from .gates import Gates
 from .quantization import is_quantized, saving_quantized, sparing_head
 from .taps import Layout, TapError, model_device
@@ -49,7 +50,7 @@ class SpinPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     # Not all of standardizer and exits: their indices would become floats.
     _keep_in_fp32_modules_strict = [
-        *("score", "gates", "standardizer.mean", "standardizer.scale"),
+        *("score", "gates", "standardizer.mean", "standardizer.scale", "standardizer.queries"),
         *("exits.heads.*.weight", "exits.heads.*.bias"),
     ]
 
@@ -114,7 +115,7 @@ class SpinPreTrainedModel(PreTrainedModel):
             wants_info = kwargs.pop("output_loading_info", False)
             weights = None if source is None else Weights.find(source, kwargs)
             if weights is not None:
-                weights.check(config.head_checksum, config.num_features)
+                weights.check(config.head_checksum, config.num_features, query_widths(config.features))
             if config.form == "head":
                 model, info = cls._from_head(config, weights, backbone, kwargs)
             elif backbone is not None:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .attention import TokenWeights
 from .features import Selection
 from .layout import Tap, TapError
 from .pooling import PoolingTogether
@@ -20,7 +21,7 @@ class Reader(Protocol):
         """Take a tap's activations ``(rows, tokens, width)``."""
 
     def finish(self) -> dict[Tap, list[Tensor]]:
-        """``(rows, neurons)`` of each of a tap's poolings."""
+        """``(rows, neurons)`` of each of a tap's poolings, of ``attention`` with one column more."""
 
 
 class TapByTap:
@@ -50,7 +51,10 @@ class Gathering:
 
     def __init__(self, selections: Sequence[Selection], learns: bool, mask: Tensor) -> None:
         self._learns = learns
-        self._pools = [({kept.tap: kept for kept in each.kept}, PoolingTogether(mask)) for each in selections]
+        self._pools = []
+        for each in selections:
+            weights = TokenWeights(each.queries(), mask)
+            self._pools.append(({kept.tap: kept for kept in each.kept}, weights, PoolingTogether(mask, weights)))
 
     def read(self, tap: Tap, values: Tensor) -> None:
         if self._learns and not torch.is_grad_enabled():
@@ -58,14 +62,15 @@ class Gathering:
                 f"Tap {tap} lies in a reentrant checkpoint, where its gradient is lost. Enable checkpointing with "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
-        for wanted, together in self._pools:
+        for wanted, weights, together in self._pools:
+            weights.see(tap, values)
             if tap in wanted:
-                _, neurons, poolings = wanted[tap]
-                together.add(tap, _columns(values, neurons.to(values.device)), poolings)
+                kept = wanted[tap]
+                together.add(tap, _columns(values, kept.neurons.to(values.device)), kept.poolings)
 
     def finish(self) -> dict[Tap, list[Tensor]]:
         found: dict[Tap, list[Tensor]] = {}
-        for _, together in self._pools:
+        for _, _, together in self._pools:
             for tap, pooled in together.finish().items():
                 found.setdefault(tap, []).extend(pooled)
         return found

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .attention import sources, whole
 from .backbone import build_backbone
 from .batching import split_rows
 from .configuration_spin import SpinConfig
 from .depth import nearest_depth, truncate
 from .drift import sample, warn_if_moved
-from .features import FeatureGroup, Selection, Standardizer, described, group_by_tap
+from .features import FeatureGroup, Selection, Standardizer, described, group_by_tap, query_widths
 from .inputs import backbone_inputs, token_mask
 from .layout import Layout, Tap
 from .outputs import SpinModelOutput, wants_dict
@@ -48,7 +49,7 @@ class SpinModel(SpinPreTrainedModel):
         self.layout = Layout.from_dict(config.layout)
         self._form = self.layout.form(backbone)
         self._takes = frozenset(signature(type(backbone).forward).parameters)
-        self.standardizer = Standardizer(config.num_features)
+        self.standardizer = Standardizer(config.num_features, query_widths(config.features))
         self.groups: list[tuple[Tap, list[tuple[str, int, int]]]] = []
         self._hooks: list[Any] = []
         self.install_hooks()
@@ -106,8 +107,10 @@ class SpinModel(SpinPreTrainedModel):
             hook.remove()
         self.groups = group_by_tap(self.config.features)
         exits = group_by_tap(self.config.exit_features)
-        taps = dict.fromkeys(tap for tap, _ in (*self.groups, *exits))
-        self._hooks = attach(self.backbone, self.layout, list(taps))
+        named: dict[Tap, list[str]] = {}
+        for tap, parts in (*self.groups, *exits):
+            named.setdefault(tap, []).extend(pooling for pooling, _, _ in parts)
+        self._hooks = attach(self.backbone, self.layout, list(dict.fromkeys((*named, *sources(named)))))
 
     @contextmanager
     def hooked(self, taps: Sequence[Tap]) -> Iterator[None]:
@@ -205,8 +208,8 @@ class SpinModel(SpinPreTrainedModel):
         """The features of a right-padded batch that may run together."""
         poolings: dict[Tap, list[str]] = {}
         for selection in selections:
-            for tap, _, parts in selection.kept:
-                poolings.setdefault(tap, []).extend(pooling for pooling, _ in parts)
+            for kept in selection.kept:
+                poolings.setdefault(kept.tap, []).extend(pooling for pooling, _ in kept.poolings)
         windows = None if self.config.windows is None else Windows(**self.config.windows)
         start = partial(Gathering, selections, torch.is_grad_enabled() and self._needs_gradient(inputs[-1]))
         pooled = self.read_taps(poolings, start, mask, *inputs, windows=windows, **kwargs)
@@ -214,9 +217,9 @@ class SpinModel(SpinPreTrainedModel):
         with torch.autocast(self.standardizer.mean.device.type, enabled=False):
             for selection in selections:
                 own = []
-                for tap, _, parts in selection.kept:  # each tap's values stand in the order of the selections
-                    own += pooled[tap][: len(parts)]
-                    pooled[tap] = pooled[tap][len(parts) :]
+                for kept in selection.kept:  # each tap's values stand in the order of the selections
+                    own += pooled[kept.tap][: len(kept.poolings)]
+                    pooled[kept.tap] = pooled[kept.tap][len(kept.poolings) :]
                 features.append(selection.standardise(own))
         return features
 
@@ -253,21 +256,25 @@ class SpinModel(SpinPreTrainedModel):
         windows: Windows | None,
         **kwargs: Any,
     ) -> dict[Tap, list[Tensor]]:
-        """:meth:`pooled` by what ``start`` makes of the mask of the tokens to pool, once for each forward."""
+        """:meth:`pooled` by what ``start`` makes of the mask of the tokens to pool, once for each forward.
+
+        It also gets to read the taps that token weights come from, which must have hooks.
+        """
+        read = list(dict.fromkeys((*sources(poolings), *poolings)))
 
         def run(mask: Tensor, tokens: Tensor, *inputs: Tensor | None) -> dict[Tap, list[Tensor]]:
             reader = start(tokens)
 
             def keep(tap: Tap, values: Tensor) -> None:
-                if tap in poolings:
+                if tap in read:
                     reader.read(tap, values)
 
-            with self.recording(list(poolings), keep, mask):
+            with self.recording(read, keep, mask):
                 self.run_backbone(inputs[0], mask, *inputs[1:], **kwargs)
             return reader.finish()
 
         if windows is None or mask.shape[1] <= windows.size:
-            return run(mask, mask, *inputs)
+            return whole(run(mask, mask, *inputs), poolings)
         if any(given is not None for given in inputs[2:3]):
             raise ValueError("A text in windows has positions of its own in each of them. Leave position_ids out.")
         plan: WindowPlan = plan_windows(mask, windows)

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from .attention import ATTENTION
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is not ours, too new, damaged, inconsistent, or that needs trust the caller did not give."""
@@ -161,10 +163,13 @@ def checked_features(entries: Any, name: str = "features") -> list[dict[str, Any
         CheckpointError: for one of another shape.
     """
     for entry in entries:
-        whole = isinstance(entry, Mapping) and set(entry) == {"tap", "pooling", "count"}
-        if not whole or type(entry["count"]) is not int or not 1 <= entry["count"] <= _MOST_NEURONS:
+        weighted = isinstance(entry, Mapping) and entry.get("pooling") == ATTENTION
+        sizes = ("count", "query") if weighted else ("count",)
+        whole = isinstance(entry, Mapping) and set(entry) == {"tap", "pooling", *sizes}
+        if not whole or not all(type(entry[size]) is int and 1 <= entry[size] <= _MOST_NEURONS for size in sizes):
             raise CheckpointError(
                 f"An entry of `{name}` should look like {{'tap': 'ffn.3', 'pooling': 'mean', 'count': 120}}, with a "
-                f"count from 1 to {_MOST_NEURONS}; got {entry}."
+                f"count from 1 to {_MOST_NEURONS}, and under the pooling 'attention' the width of its 'query'; "
+                f"got {entry}."
             )
     return list(entries)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .attention import ATTENTION, join
 from .pooling import pool
 from .trust import CheckpointError
 
@@ -117,6 +118,7 @@ class WindowPlan:
         return {
             key: [self.merge(torch.cat([part[key][i] for part in passes]), name) for i, name in enumerate(names)]
             for key, names in poolings.items()
+            if names
         }
 
     def merge(self, values: Tensor, pooling: str) -> Tensor:
@@ -125,6 +127,8 @@ class WindowPlan:
         number = torch.arange(self.most, device=values.device)
         mask = number < counts[:, None]
         windows = torch.where(mask, (counts.cumsum(0) - counts)[:, None] + number, 0)
+        if pooling == ATTENTION:
+            return join(values[windows], mask)
         if pooling != "mean":  # the first of the firsts, the greatest of the greatest
             return pool(values[windows], mask, [pooling])[:, 0]
         share = self.share.to(values.device)[windows].masked_fill(~mask, 0.0)

@@ -11,9 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from spin_hf import SpinForSequenceClassification
+from spin_hf.attention import source
 from spin_hf.exits import Exit
 from spin_hf.features import FeatureGroup
 from spin_hf.pooling import POOLINGS
+from spin_hf.spin_model import SpinModel
 from spin_hf.taps import Tap, tap_width
 
 GOOD = ("good", "great", "lovely", "superb", "charming", "witty", "bright", "moving")
@@ -59,6 +61,7 @@ NEUTRAL = tuple(
     ]
 )
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *NEUTRAL)
+EVERY_POOLING = ("attention", *POOLINGS)
 SIZE = 64  # ids and positions that every backbone here takes
 
 
@@ -159,7 +162,7 @@ def calibrated(
     backbone: hf.PreTrainedModel,
     *,
     taps: Sequence[str] | None = None,
-    poolings: Sequence[str] = POOLINGS,
+    poolings: Sequence[str] = EVERY_POOLING,
     count: int = 3,
     depth: int | None = None,
     seed: int = 0,
@@ -186,6 +189,7 @@ def calibrated(
             tap,
             pooling,
             torch.randperm(tap_width(spin.backbone, spin.layout, tap), generator=generator)[:count].sort().values,
+            random_query(spin, tap, generator) if pooling == "attention" else None,
         )
         for tap in sorted(chosen, key=lambda tap: (tap.block, tap.kind))
         for pooling in sorted(poolings)
@@ -200,14 +204,21 @@ def calibrated(
     return model
 
 
+def random_query(spin: SpinModel, tap: Tap, generator: torch.Generator) -> Tensor:
+    """That tells tokens apart, but leaves none alone."""
+    width = tap_width(spin.backbone, spin.layout, source(tap))
+    return 2 * torch.randn(width, generator=generator) / width**0.5
+
+
 def with_exits(model: SpinForSequenceClassification, *, count: int = 5, seed: int = 1) -> SpinForSequenceClassification:
     """Give a classifier random exits: two for each depth, the first of them with every other feature of the second."""
     spin, generator = model.spin, torch.Generator().manual_seed(seed)
     groups = []
     for tap in sorted(spin.taps, key=lambda tap: (tap.block, tap.kind)):
-        for pooling in ("max", "mean"):
-            width = tap_width(spin.backbone, spin.layout, tap)
-            groups.append(FeatureGroup(tap, pooling, torch.randperm(width, generator=generator)[:count].sort().values))
+        for pooling in ("attention", "max", "mean"):
+            neurons = torch.randperm(tap_width(spin.backbone, spin.layout, tap), generator=generator)[:count]
+            query = random_query(spin, tap, generator) if pooling == "attention" else None
+            groups.append(FeatureGroup(tap, pooling, neurons.sort().values, query))
     blocks = torch.tensor([group.tap.block for group in groups for _ in group.neurons])
     exits = []
     for depth in range(1, spin.depth + 1):

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from spin_hf import SpinForSequenceClassification, spin_calibrate
 from spin_hf.calibration.errors import CalibrationError
+from spin_hf.calibration.result import CalibrationResult
 
 SHARDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # gloo's reduce-scatter for FSDP
 QUICK = {"progress": False, "Cs": 4, "etas": (0.5, 1.0), "batch_tokens": 64}
@@ -48,9 +49,9 @@ def same(made: Path, expected: Path) -> None:
     """Assert that two folders hold the same model and result, to the bit, but for the time that it took."""
     for name in ("model.safetensors", "config.json"):
         assert (made / name).read_bytes() == (expected / name).read_bytes(), name
-    results = [json.loads((folder / "calibration.json").read_text()) for folder in (made, expected)]
-    assert set(results[0].pop("seconds")) == set(results[1].pop("seconds"))
-    assert results[0] == results[1]
+    one, another = (CalibrationResult.load(folder / "calibration.json") for folder in (made, expected))
+    assert set(one.seconds) == set(another.seconds)
+    assert one.differences(another) == {}
 
 
 def fail(folder: Path) -> None:

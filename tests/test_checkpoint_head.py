@@ -46,7 +46,7 @@ def test_what_is_saved(saved):
     assert set(weights) == {
         "score.weight",
         "score.bias",
-        *(f"spin.standardizer.{name}" for name in ("neurons", "mean", "scale")),
+        *(f"spin.standardizer.{name}" for name in ("neurons", "mean", "scale", "queries")),
     }
     assert torch.equal(weights["score.weight"], model.score.weight)
     config = config_of(folder)

@@ -173,7 +173,8 @@ def test_a_flipped_bit_in_the_header(folder):
 
 
 @pytest.mark.parametrize(
-    "tensor", ["score.weight", "score.bias", *(f"spin.standardizer.{n}" for n in ("neurons", "mean", "scale"))]
+    "tensor",
+    ["score.weight", "score.bias", *(f"spin.standardizer.{n}" for n in ("neurons", "mean", "scale", "queries"))],
 )
 @pytest.mark.parametrize("form", ["full", "self_contained"])
 def test_a_flipped_bit_in_the_head(folder, tensor, form):

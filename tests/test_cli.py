@@ -218,7 +218,7 @@ def test_mistakes_are_one_line(classifier, files, tmp_path, minilm_path):
         (["--problem-type", "regression"], "Regression needs numbers"),
         (["--metric", "f1"], "Choose from accuracy, macro_f1, micro_f1, matthews."),
         (["--kind", "x"], "--kind must be one of hidden, ffn; got x."),
-        (["--pooling", "x"], "--pooling must be one of first, last, mean, max; got x."),
+        (["--pooling", "x"], "--pooling must be one of first, last, mean, max, attention; got x."),
         (["--max-features", 0], "--max-features must be at least 1"),
         (["--max-length", 1], "--max-length 1 must be more than the 2 special tokens"),
         (["--limit", -3], "--limit must be at least 1; got -3."),

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoTokenizer
@@ -157,18 +158,61 @@ def test_inference_benchmark_writes_its_section(tmp_path):
     assert str(tmp_path) not in text
 
 
-@pytest.mark.timeout(600)  # three processes import everything
-def test_several_gpus_benchmark(tmp_path):
-    options = ("--parts", "scaling", "--shape", "tiny", "--processes", 1, 2, "--texts", 40, "--tokens", 16, "--Cs", 2)
-    shown = run_example("benchmarks/several_gpus.py", *options, "--batch-tokens", 64, "--folder", tmp_path)
-    alone, together = map(json.loads, shown.splitlines())
-    assert (alone["processes"], together["processes"]) == (1, 2)
-    for found in (alone, together):
-        assert found["same_neurons"]
+@pytest.fixture(scope="module")
+def several_gpus(tmp_path_factory):
+    """The rows of each part of ``several_gpus.py``, from one and two processes on the CPU, and what it recorded."""
+    folder, preset = tmp_path_factory.mktemp("several"), {"etas": (0.6,), "depths": (4,)}
+    options = ("--shape", "tiny", "--processes", 1, 2, "--texts", 40, "--few", 60, "--tokens", 16, "--Cs", 2)
+    options += ("--steps", 2, "--batch-tokens", 64, "--folder", folder / "kept", "--record", folder / "found.md")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+        import launches
+        import several_gpus_worker
+
+        def start(task, options, count, env, log, seconds):
+            own = {name: value for name, value in env.items() if os.environ.get(name) != value}
+            own["MASTER_PORT"] = str(launches._free_port())
+            return forked.launch(count, own, preset, log.name, several_gpus_worker.main, task, options)
+
+        patch.setattr(launches, "start", start)
+        shown = run_example("benchmarks/several_gpus.py", *options)
+        assert shown == run_example("benchmarks/several_gpus.py", *options)  # from what was kept
+    rows = [json.loads(line) for line in shown.splitlines()]
+    assert not [row for row in rows if "failed" in row]
+    return {part: [row for row in rows if row["part"] == part] for part in {row["part"] for row in rows}}, folder
+
+
+@pytest.mark.timeout(600)
+def test_several_gpus_make_what_one_makes(several_gpus):
+    rows, folder = several_gpus
+    assert [row["processes"] for row in rows["scaling"]] == [1, 2]
+    assert [row["device_map"] for row in rows["split"]] == ["none", "auto"]
+    assert rows["split"][0]["weights_gb"].startswith("cpu ")
+    assert ", disk " in rows["split"][1]["weights_gb"]
+    for found in (*rows["scaling"], *rows["split"], *rows["killed"]):
+        assert found["candidates"] > found["probes"] > 10
+        assert found["deepest_block"] == 4
+        assert found["unequal_values"] == 0
         assert found["logits_differ_by"] == 0 < found["largest_logit"]
-        assert min(found["speedup"].values()) > 0
-    assert sorted(path.name for path in tmp_path.glob("*-2/found.*")) == ["found.0.safetensors", "found.1.safetensors"]
-    assert not list(tmp_path.glob("*/cache"))
+    assert min(rows["scaling"][1]["speedup"].values()) > 0
+    assert all(len(own.split(", ")) == 2 for own in rows["scaling"][1]["busy"].values())
+    assert (folder / "found.md").read_text(encoding="utf-8").count("\n## Several GPUs, ") == 4
+
+
+def test_several_gpus_go_on_after_one_was_killed(several_gpus):
+    (found,) = several_gpus[0]["killed"]
+    assert found["left_alive"] == 0
+    assert 0 < found["kept"] == found["batches"] - found["read_again"]
+
+
+def test_several_gpus_train_as_one(several_gpus):
+    rows = several_gpus[0]["trainer"]
+    assert [(row["trained"], row["processes"]) for row in rows] == [("head", 1), ("LoRA", 1), ("head", 2), ("LoRA", 2)]
+    for found in rows:
+        assert found["within"]
+        assert found["equal_on_all"]
+        assert found["reloaded_logits_differ_by"] == 0
+    assert rows[3]["trained_tensors"] > rows[2]["trained_tensors"] == 2
 
 
 def test_pipeline_benchmark(run):

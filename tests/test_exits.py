@@ -210,7 +210,7 @@ def own_tensors(model):
 def assert_kept(model, before, dtype):
     after = own_tensors(model)
     assert set(after) == set(before)
-    assert len(before) == 3 + 3 * 6
+    assert len(before) == 4 + 3 * 6
     for name, value in after.items():
         assert value.dtype == (torch.int64 if name.endswith(("neurons", "columns")) else torch.float32), name
         assert torch.equal(value, before[name]), name

@@ -27,6 +27,7 @@ def assert_kept(model, before, dtype):
             "score.weight",
             "score.bias",
             *(f"spin.standardizer.{name}" for name in ("neurons", "mean", "scale")),
+            *(["spin.standardizer.queries"] if model.spin.standardizer.queries is not None else []),
         }
     )
     assert {name: value.dtype for name, value in after.items()} == {name: value.dtype for name, value in before.items()}

@@ -15,6 +15,7 @@ from transformers import T5Model, pipeline
 from typer.testing import CliRunner
 
 from spin_hf import CheckpointError, SpinClassifier, SpinConfig, SpinForSequenceClassification, spin_calibrate
+from spin_hf.attention import source
 from spin_hf.calibration import CalibrationError
 from spin_hf.calibration.errors import TextPairError
 from spin_hf.calibration.extraction import encode, extract, fingerprint, plan_batches
@@ -107,7 +108,12 @@ def by_hand(spin, ids, windows):
                 best[place] = (min(left, right), {tap: value[0, column] for tap, value in values.items()})
     rows = {tap: torch.stack([values[tap] for _, values in best]) for tap in spin.taps}
     pool = {"mean": lambda v: v.mean(0), "max": lambda v: v.amax(0), "first": lambda v: v[0], "last": lambda v: v[-1]}
-    return {(tap, pooling): pool[pooling](value) for tap, value in rows.items() for pooling in POOLINGS}
+    found = {(tap, pooling): pool[pooling](value) for tap, value in rows.items() for pooling in POOLINGS}
+    for group in spin.feature_groups():
+        if group.query is not None:
+            weights = (rows[source(group.tap)] @ group.query).softmax(0)
+            found[group.tap, group.pooling] = weights @ rows[group.tap]
+    return found
 
 
 def texts(lengths=LENGTHS, seed=0):

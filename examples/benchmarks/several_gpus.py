@@ -2,13 +2,20 @@
 
 Random weights of a real shape and texts made here; each part prints its rows as they are found.
 
-- ``scaling``: seconds by stage on 1, 2, 4 and 8 GPUs; neurons and logits against the run on one.
-- ``split``: a backbone spread over the GPUs by ``device_map``, in one process.
-- ``trainer``: a few steps with the frozen backbone and with LoRA under DDP, and with LoRA under FSDP, which accelerate
-  runs on GPUs only.
+- ``scaling``: seconds by stage on 1, 2, 4 and 8 GPUs, on ``--texts`` whose labels words carry.
+- ``split``: a backbone spread over the GPUs by ``device_map``, in one process, against one GPU.
 - ``killed``: one process gets SIGKILL while it reads; the same command then goes on from the store.
+- ``trainer``: a few steps with the frozen backbone and with LoRA on one GPU and under DDP, and with LoRA under FSDP,
+  which accelerate runs on GPUs only.
 
-``split`` and ``killed`` read ``--few`` texts. Give ``--folder`` to keep what runs found, and not to run these again.
+``split`` and ``killed`` read ``--few`` texts whose labels deep neurons carry, so that the classifier reads deep taps of
+both kinds. What is compared of a calibration is all of it: every value of its record but the seconds (of each candidate
+score, loss, C and neurons, of each probe the score at every C), the config, neurons, shift, scale and head, and the
+logits of unseen texts, of each process. They must be equal to the bit (tolerance 0), since work is shared by whole
+batches, taps and heads. Training is another matter: batches of half the size are summed in another order. Its weights
+may differ by 1e-3 of the way that they went, its losses by 1e-4 of themselves.
+
+Give ``--folder`` to keep what runs found, and not to run these again.
 
     python examples/benchmarks/several_gpus.py --record
     python examples/benchmarks/several_gpus.py --shape tiny --texts 64 --few 64 --tokens 16    # on CPUs, for a try
@@ -16,129 +23,37 @@ Random weights of a real shape and texts made here; each part prints its rows as
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import results
 import torch
-from safetensors.torch import load_file
-from shapes import SHAPES, make, make_classifier
+from launches import Bench, Failed, Row, about, chosen, compared, each, lives, record, trained
+from shapes import SHAPES
 
-from spin_hf import SpinForSequenceClassification
 from spin_hf.calibration.store import recorded
 
-HERE = Path(__file__).parent
-# The rest is what a calibration does between its stages, above all to hash the weights; what is around it are imports,
-# joining the processes, loading the backbone and making the texts.
-STAGES = ("tokenize", "extract", "probe", "heads", "rest", "total", "around")
-Row = dict[str, Any]
+# The rest is what a calibration does between its stages, above all to hash the weights; the start is what comes around
+# it: imports, joining the processes, loading the backbone and making the texts.
+STAGES = ("tokenize", "extract", "probe", "heads", "rest", "total")
+SHARED = ("extract", "probe", "heads")
+TOLERANCE = {"weights_differ_by": 1e-3, "losses_differ_by": 1e-4}
+WAYS = {"frozen": "head", "lora": "LoRA", "lora-fsdp": "LoRA, FSDP"}
 
 
-class Failed(Exception):
-    """A launch that did not end well."""
-
-
-class Bench:
-    """Runs workers for these options; what they find lies in ``folder``."""
-
-    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
-        self.arguments, self.folder = arguments, folder
-        self.until = float("inf")
-
-    def backbone(self, shape: str) -> Path:
-        """The folder of a backbone, which all processes load."""
-        made = self.folder / f"backbone-{shape}-{self.arguments.dtype}"
-        if not made.exists():
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            backbone = make(shape, dtype=getattr(torch, self.arguments.dtype), device=device)
-            backbone.save_pretrained(made.with_suffix(".part"))
-            made.with_suffix(".part").rename(made)
-            del backbone
-            torch.cuda.empty_cache()
-        return made
-
-    def classifier(self, shape: str) -> Path:
-        """The folder of a classifier that reads neurons of all blocks in the lower half, so that all of these learn."""
-        made = self.folder / f"classifier-{shape}"
-        if not made.exists():
-            model = SpinForSequenceClassification.from_backbone(self.backbone(shape), num_labels=2, dtype=torch.float32)
-            model.config.pad_token_id = 0
-            half = model.spin.depth // 2
-            make_classifier(model, half, keep=half).save_pretrained(made)
-        return made
-
-    def calibrate(self, shape: str, texts: int, count: int, *, name: str = "", **more: Any) -> Path:
-        """The folder of a calibration by ``count`` processes; its features stay only where one is killed."""
-        given = self.arguments
-        words = [shape, given.dtype, f"{texts}x{given.tokens}", f"in{given.batch_tokens}", f"Cs{given.Cs}", str(count)]
-        out = self.folder / "-".join([*words, *([name] if name else [])])
-        if (out / "about.json").exists():
-            print(f"{out.name} was run before", file=sys.stderr)
-            return out
-        shutil.rmtree(out, ignore_errors=True)  # with features that would not be read again
-        options = {
-            **{"backbone": str(self.backbone(shape)), "texts": texts, "tokens": given.tokens, "dtype": given.dtype},
-            **{"batch_tokens": given.batch_tokens, "Cs": given.Cs, **more},
-        }
-        began = time.monotonic()
-        try:
-            self.launch("calibrate", out, count, options)
-        finally:
-            if "kill_at" not in more:
-                shutil.rmtree(out / "cache", ignore_errors=True)  # of a large shape it takes tens of gigabytes
-        about = _about(out)
-        about["seconds"]["around"] = time.monotonic() - began - about["seconds"]["total"]
-        (out / "about.json").write_text(json.dumps(about))
-        return out
-
-    def launch(self, task: str, out: Path, count: int, options: Row) -> None:
-        """Run a task of the worker in so many processes, by ``accelerate launch`` where there are several.
-
-        Raises:
-            Failed: with the end of what it wrote, or when the part's time is over.
-        """
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "options.json").write_text(json.dumps({**options, "out": str(out)}))
-        command = [sys.executable]
-        if count > 1:
-            command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
-            command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-            command += ["--main_process_port", str(_free_port())]
-        command += [str(HERE / "several_gpus_worker.py"), task, str(out / "options.json")]
-        # As many threads however many processes: sums of other lengths would round differently on a CPU.
-        threads = max(1, (os.cpu_count() or 1) // max(self.arguments.processes))
-        path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-        env = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true"}
-        if not torch.cuda.is_available():
-            env["ACCELERATE_USE_CPU"] = "true"
-        began = time.monotonic()
-        with (out / "log").open("w") as log:
-            started = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-            code = None
-            try:
-                code = started.wait(max(1.0, min(self.until - began, 1e6)))
-            except subprocess.TimeoutExpired:
-                started.terminate()  # the launcher ends its processes
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    started.wait(60)
-            finally:
-                started.kill()
-        if code is None:
-            raise Failed(f"the time of the part was over, {time.monotonic() - began:.0f} s after this launch")
-        if code:
-            raise Failed((out / "log").read_text(errors="replace")[-3000:])
+def seconds(out: Path) -> dict[str, float]:
+    found = {**record(out).seconds, "rest": about(out)["rest"]}
+    start = float((out / "done").read_text()) - found["total"]
+    return {
+        stage: round(value, 2) for stage, value in {**{stage: found[stage] for stage in STAGES}, "start": start}.items()
+    }
 
 
 def scaling(bench: Bench) -> Iterator[Row]:
@@ -146,102 +61,122 @@ def scaling(bench: Bench) -> Iterator[Row]:
     for shape in given.shape:
         alone: Path | None = None
         for count in given.processes:
-            out = bench.calibrate(shape, given.texts, count)
+            out = bench.calibrate(shape, count, deep=False)
             alone = alone or out
-            about, first = _about(out), _about(alone)
+            now, first, told = seconds(out), seconds(alone), about(out)
             yield {
                 **{"shape": shape, "processes": count, "texts": [given.texts, given.tokens], "dtype": given.dtype},
-                **{name: about[name] for name in ("chosen", "score", "features", "depth")},
-                **{name: about[name] for name in ("features_gb", "peak_gpu_gb")},
-                "seconds": {stage: round(about["seconds"][stage], 2) for stage in STAGES},
-                "speedup": {stage: round(first["seconds"][stage] / about["seconds"][stage], 2) for stage in STAGES},
-                **_compared(out, alone, count),
+                "seconds": now,
+                "speedup": {
+                    **{stage: round(first[stage] / max(now[stage], 0.01), 2) for stage in (*SHARED, "total")},
+                    "with start": round((first["total"] + first["start"]) / (now["total"] + now["start"]), 2),
+                },
+                "busy": {stage: each([own[stage] for own in told["busy"]]) for stage in SHARED},
+                "peak_gpu_gb": each(told["peak_gpu_gb"]),
+                "features_gb": record(out).bytes["features"] / 1e9,
+                **{name: chosen(out)[name] for name in ("chosen", "score")},
+                **compared(out, alone, count),
             }
 
 
 def split(bench: Bench) -> Iterator[Row]:
     given = bench.arguments
     for shape in given.shape:
-        alone = bench.calibrate(shape, given.few, 1)
-        for device_map in ("auto", "balanced") if torch.cuda.is_available() else ("auto",):
-            out = bench.calibrate(shape, given.few, 1, name=device_map, device_map=device_map)
-            about = _about(out)
+        alone = bench.calibrate(shape, 1, deep=True)
+        for device_map in ("", "auto", "balanced") if torch.cuda.is_available() else ("", "auto"):
+            out = alone
+            if device_map:
+                out = bench.calibrate(shape, 1, deep=True, name=device_map, device_map=device_map)
+            told = about(out)
             yield {
-                **{"shape": shape, "device_map": device_map, "texts": [given.few, given.tokens], "dtype": given.dtype},
-                **{"devices": " ".join(about["devices"]), "features": about["features"], "depth": about["depth"]},
-                **_compared(out, alone, 1),
-                "seconds": {stage: round(about["seconds"][stage], 2) for stage in STAGES},
+                **{"shape": shape, "device_map": device_map or "none", "texts": [given.few, given.tokens]},
+                "dtype": given.dtype,
+                "weights_gb": ", ".join(f"{place} {gb:.3g}" for place, gb in told["weights_gb"].items()),
+                "peak_gpu_gb": each(told["peak_gpu_gb"]),
+                **chosen(out),
+                **compared(out, alone, 1),
+                "seconds": {stage: seconds(out)[stage] for stage in ("extract", "total")},
             }
-
-
-def trainer(bench: Bench) -> Iterator[Row]:
-    given, count = bench.arguments, max(bench.arguments.processes)
-    for shape in given.shape:
-        classifier = bench.classifier(shape)
-        for way in ("frozen", "lora", "lora, fsdp") if torch.cuda.is_available() else ("frozen", "lora"):
-            out = bench.folder / f"train-{shape}-{count}-{way.replace(', ', '-')}"
-            shutil.rmtree(out, ignore_errors=True)
-            began = time.monotonic()
-            row = {"shape": shape, "way": way, "processes": count, "steps": given.steps, "dtype": "float32"}
-            options = {"classifier": str(classifier), "way": way, "tokens": given.tokens, "steps": given.steps}
-            try:
-                bench.launch("train", out, count, options)
-            except Failed as error:  # the other ways are still worth knowing
-                yield {**row, "failed": (re.findall(r"\w+Error: .*", str(error)) or [str(error)])[0]}
-                print(error, file=sys.stderr, flush=True)
-                continue
-            yield {**row, **_about(out), "seconds": round(time.monotonic() - began, 1)}
-            shutil.rmtree(out)
 
 
 def killed(bench: Bench) -> Iterator[Row]:
     given, count = bench.arguments, max(bench.arguments.processes)
     for shape in given.shape:
-        alone = bench.calibrate(shape, given.few, 1)
-        batches = _about(alone)["batches"]
-        row = {"shape": shape, "processes": count, "texts": [given.few, given.tokens], "batches": batches}
-        number = max(2, batches // count // 2)
-        said = ""
-        try:
-            bench.calibrate(shape, given.few, count, name="killed", kill_at=number)
-        except Failed as error:
-            said = str(error)
-        ended = time.time()
-        out = next(bench.folder.glob(f"{shape}-*-{count}-killed"))
-        if not (out / "killed").exists():
-            raise Failed(f"no process was killed: {said}")
-        row["seconds_to_the_end_of_all"] = round(ended - float((out / "killed").read_text()), 1)
-        row["left_alive"] = sum(map(_lives, out.glob("pid.*")))
-        cause = re.search(r"rank +: (\d+).*(Signal \d+ [^\n]*)", said.rpartition("Root Cause")[2], re.DOTALL)
-        row["told"] = f"rank {cause[1]}: {cause[2]}" if cause else said
-        recorded_before = _lines(out)
-        row["kept"] = len(recorded(_store(out), batches))
-        bench.launch("calibrate", out, count, {**json.loads((out / "options.json").read_text()), "kill_at": 0})
-        row["read_again"] = _lines(out) - recorded_before
-        yield {**row, "not_redone": batches - row["read_again"], **_compared(out, alone, count)}
-        shutil.rmtree(out)
+        yield bench.kept(bench.name(shape, given.few, count, "killed"), lambda: _killed(bench, shape, count))  # noqa: B023
 
 
-PARTS = {"scaling": scaling, "split": split, "trainer": trainer, "killed": killed}
+def _killed(bench: Bench, shape: str, count: int) -> Row:
+    given = bench.arguments
+    alone = bench.calibrate(shape, 1, deep=True)
+    batches = record(alone).data["batches"]
+    row = {"shape": shape, "processes": count, "texts": [given.few, given.tokens], "batches": batches}
+    out, said = bench.folder / bench.name(shape, given.few, count, "deep", "killed"), ""
+    try:
+        bench.calibrate(shape, count, deep=True, name="killed", kill_at=max(2, batches // count // 2))
+    except Failed as error:
+        said = str(error)
+    ended = time.time()
+    if not (out / "killed").exists():
+        raise Failed(f"no process was killed: {said}")
+    row["seconds_until_all_ended"] = round(ended - float((out / "killed").read_text()), 1)
+    row["left_alive"] = lives(out.glob("pid.*"))
+    cause = re.search(r"rank +: (\d+).*?(Signal \d+ [^\n]*?) received", said.rpartition("Root Cause")[2], re.DOTALL)
+    row["launcher_told"] = f"rank {cause[1]}: {cause[2]}" if cause else said
+    row["others_ended_by"] = ", ".join(sorted(set(re.findall(r"closing signal (SIG\w+)", said)))) or "themselves"
+    recorded_before = _lines(out)
+    row["kept"] = len(recorded(_store(out), batches))
+    bench.launch("calibrate", out, count, {**json.loads((out / "options.json").read_text()), "kill_at": 0})
+    row["read_again"] = _lines(out) - recorded_before
+    row |= {**chosen(out), **compared(out, alone, count)}
+    shutil.rmtree(out)
+    return row
 
 
-def _about(out: Path) -> Row:
-    about: Row = json.loads((out / "about.json").read_text())
-    return about
+def trainer(bench: Bench) -> Iterator[Row]:
+    given, most = bench.arguments, max(bench.arguments.processes)
+    launches = [(1, ["frozen", "lora"]), (most, ["frozen", "lora"])]
+    if torch.cuda.is_available():
+        launches.append((most, ["lora-fsdp"]))
+    for shape in given.shape:
+        for count, ways in launches:
+            names = {way: bench.name(shape, given.steps, count, "train", str(most), way) for way in ways}
+            out = bench.folder / bench.name(shape, given.steps, count, "train", str(most), ways[-1], "launch")
+            problem = ""
+            if not all((bench.folder / f"row-{name}.json").exists() for name in names.values()):
+                shutil.rmtree(out, ignore_errors=True)
+                options = {"classifier": bench.classifier(shape), "ways": ways, "tokens": given.tokens}
+                try:
+                    bench.launch("train", out, count, {**options, "steps": given.steps, "share": most // count})
+                except Failed as error:  # other ways are still worth knowing
+                    problem = str(error)
+                    print(problem, file=sys.stderr, flush=True)
+            for way in ways:
+                row = {"shape": shape, "trained": WAYS[way], "processes": count}
+                if problem and not (out / way / "about.json").exists():
+                    yield {**row, "failed": (re.findall(r"\w+Error: .*", problem) or [problem[-300:]])[0]}
+                    continue
+                alone = bench.folder / bench.name(shape, given.steps, 1, "train", str(most), "lora", "launch")
+                alone = alone / way.partition("-")[0]
+                yield bench.kept(names[way], lambda: {**row, **_trained(out / way, alone)})  # noqa: B023
 
 
-def _compared(out: Path, alone: Path, count: int) -> Row:
-    """How what each process ended with differs from what one alone made."""
-    expected = load_file(alone / "found.0.safetensors")
-    found = [load_file(out / f"found.{rank}.safetensors") for rank in range(count)]
-    neurons = {name: values.tolist() for name, values in expected.items() if name != "logits"}
+def _trained(out: Path, alone: Path) -> Row:
+    told = about(out)
+    parts = {"sharded_gb": "n/a", "own_gb": "n/a"}
+    if told["sharded_gb"]:
+        parts = {"sharded_gb": f"{told['sharded_gb']:.3g} of {told['weights_gb']:.3g}", "own_gb": each(told["own_gb"])}
+    against = trained(out, alone) if (alone / "about.json").exists() else {}
     return {
-        "same_neurons": all(
-            {name: values.tolist() for name, values in each.items() if name != "logits"} == neurons for each in found
-        ),
-        "logits_differ_by": max(float((each["logits"] - expected["logits"]).abs().max()) for each in found),
-        "largest_logit": float(expected["logits"].abs().max()),
+        **{"run_as": told["run_as"], "first_loss": told["losses"][0], "last_loss": told["losses"][-1]},
+        **against,
+        "within": all(against[name] <= most for name, most in TOLERANCE.items()) if against else "n/a",
+        **parts,
+        "peak_gpu_gb": each(told["peak_gpu_gb"]),
+        **{name: told[name] for name in ("equal_on_all", "reloaded_logits_differ_by", "largest_logit")},
     }
+
+
+PARTS = {"split": split, "killed": killed, "trainer": trainer, "scaling": scaling}
 
 
 def _store(out: Path) -> Path:
@@ -251,20 +186,6 @@ def _store(out: Path) -> Path:
 def _lines(out: Path) -> int:
     """Batches that were recorded, as often as they were."""
     return sum(bool(line) for path in _store(out).glob("done.*") for line in path.read_text().splitlines())
-
-
-def _lives(path: Path) -> bool:
-    try:
-        os.kill(int(path.read_text()), 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def main() -> None:
@@ -278,9 +199,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of each text")
     parser.add_argument("--batch-tokens", type=int, default=16384)
     parser.add_argument("--Cs", type=int, default=10, help="as of spin_calibrate")
-    parser.add_argument("--steps", type=int, default=5, help="of Trainer")
+    parser.add_argument("--steps", type=int, default=5, help="of Trainer, in float32")
     parser.add_argument("--dtype", default="bfloat16" if gpus else "float32")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds for each part")
+    parser.add_argument("--limit", type=float, default=7200, help="seconds in all; then what runs is ended")
     parser.add_argument("--folder", type=Path, help="for backbones, features and what was found; default: a temporary")
     arguments = parser.parse_args()
     arguments.processes = arguments.processes or [
@@ -292,17 +213,18 @@ def main() -> None:
     failed = False
     with contextlib.ExitStack() as held:
         folder = arguments.folder or Path(held.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
         bench = Bench(arguments, folder.resolve())
+        bench.until = time.monotonic() + arguments.limit
         for part in arguments.parts:
             rows: list[Row] = []
-            bench.until = time.monotonic() + arguments.limit
             name = f"Several GPUs, {part}: {' '.join(arguments.shape)}, {device}"
             try:
                 for row in PARTS[part](bench):
                     rows.append(row)
                     print(json.dumps({"part": part, **row}), flush=True)
                     results.write_section(arguments.record, name, rows)  # what comes next may take too long
-                    failed |= "failed" in row
+                    failed |= "failed" in row or bool(row.get("unequal_values")) or row.get("within") is False
             except Failed as error:
                 failed = True
                 print(json.dumps({"part": part, "failed": str(error)}), flush=True)

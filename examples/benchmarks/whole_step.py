@@ -27,8 +27,8 @@ from unittest import mock
 
 import results
 import torch
-from several_gpus_worker import make_rows, make_tokenizer
 from shapes import SHAPES, make
+from texts import make_rows, make_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spin_hf import SpinForSequenceClassification, spin_calibrate

@@ -56,15 +56,12 @@ def load(
     texts: Texts, taps: list[str], moments: Moments, rows: list[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Standardised states ``(taps, texts, tokens, width)`` of some texts, and the mask ``(texts, tokens)``."""
-    starts = texts.starts
-    lengths = torch.from_numpy(starts[1:][rows] - starts[:-1][rows])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    index = torch.from_numpy(np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows]))
+    index, mask = texts.padded(rows, device)
     found = torch.zeros(len(taps), *mask.shape, moments.mean.shape[1], device=device)
     for i, tap in enumerate(taps):
-        own = torch.from_numpy(np.asarray(texts.states(tap)[index.numpy()])).to(device).float()
-        found[i][mask.to(device)] = own.sub_(moments.mean[i].to(device)).div_(moments.scale[i].to(device))
-    return found, mask.to(device)
+        own = texts.on(device, tap)[index].float()
+        found[i][mask] = own.sub_(moments.mean[i].to(device)).div_(moments.scale[i].to(device))
+    return found, mask
 
 
 def train(
@@ -154,14 +151,13 @@ def _scores(states: Tensor, mask: Tensor, q: Tensor, w: Tensor, size: float) -> 
 
 def pooled(texts: Texts, weights: Tensor, tap: str, place: int, device: str) -> Tensor:
     """A tap's states averaged by the weights: ``(folds, texts, queries x width)``, float16."""
-    found = None
-    states = texts.states(tap)
-    for row in range(len(texts.starts) - 1):
-        start, stop = texts.starts[row], texts.starts[row + 1]
-        x = torch.from_numpy(states[start:stop].astype(np.float32)).to(device)
-        own = torch.einsum("tfq,td->fqd", weights[start:stop, :, place].to(device), x).flatten(1)
-        if found is None:
-            found = torch.zeros(FOLDS, len(texts.starts) - 1, own.shape[1], dtype=torch.float16)
-        found[:, row] = own.half().cpu()
-    assert found is not None
+    where = torch.device(device)
+    states, own = texts.on(where, tap), weights[:, :, place]
+    found = torch.empty(FOLDS, len(texts.starts) - 1, own.shape[2] * states.shape[1], dtype=torch.float16)
+    for rows in texts.batches(16384):
+        index, mask = texts.padded(rows, where)
+        x = torch.zeros(*mask.shape, states.shape[1], device=where)
+        a = torch.zeros(*mask.shape, *own.shape[1:], device=where)
+        x[mask], a[mask] = states[index].float(), own[index.cpu()].to(where)
+        found[:, rows] = torch.einsum("btfq,btd->fbqd", a, x).flatten(2).half().cpu()
     return found

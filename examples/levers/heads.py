@@ -15,6 +15,8 @@ import torch
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
+from spin_hf.calibration.batched import pays
+from spin_hf.calibration.paths import solve_paths
 from spin_hf.calibration.probes import standardise
 from spin_hf.calibration.resampling import paired_error
 from spin_hf.calibration.ridge import solve_ridge
@@ -95,21 +97,35 @@ class Selector:
         self.folds = folds
         self._kept: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def columns(self, name: str, features: Features, fold: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Standardised values of a place's salient neurons ``(texts, kept)``, their entry shares, their numbers."""
-        if (name, fold) not in self._kept:
-            folds, rows = self.folds, self.folds.parts[fold][0]
-            values = features(fold).to(folds.device)
-            x = torch.empty(len(rows), values.shape[1], device=values.device)
-            _, mean, scale = standardise(values, rows, rows[:0], out=x)
-            y, s, loss = folds.targets[rows], folds.ones(rows), folds.task.loss
-            least = smallest_useful_C(x, y, s, loss)
-            *_, point = solve_path(x, y, s, loss, [least * factor for factor in _FACTORS], tol=1e-2)
+    def prepare(self, places: dict[str, Features], fold: int) -> None:
+        """Keep the salient neurons of these places; a GPU solves the probes of one width together."""
+        left = [name for name in places if (name, fold) not in self._kept]
+        width = {name: places[name](fold).shape[1] for name in left}
+        at_once = 16 if pays(torch.device(self.folds.device)) else 1
+        for each in dict.fromkeys(width.values()):
+            alike = [name for name in left if width[name] == each]
+            for start in range(0, len(alike), at_once):
+                self._probe({name: places[name] for name in alike[start : start + at_once]}, fold)
+
+    def _probe(self, places: dict[str, Features], fold: int) -> None:
+        """For each place standardised values of its neurons ``(texts, kept)``, their entry shares, their numbers."""
+        folds, rows = self.folds, self.folds.parts[fold][0]
+        y, s, loss = folds.targets[rows], folds.ones(rows), folds.task.loss
+        values = [features(fold).to(folds.device) for features in places.values()]
+        x = torch.empty(len(values), len(rows), values[0].shape[1], device=folds.device)
+        standards = [standardise(own, rows, rows[:0], out=out)[1:] for own, out in zip(values, x, strict=True)]
+        grids = [[factor * smallest_useful_C(own, y, s, loss) for factor in _FACTORS] for own in x]
+        if pays(x.device):
+            *_, points = solve_paths(x, y, s, loss, grids, [True] * len(x), tol=1e-2)
+        else:
+            paths = (solve_path(own, y, s, loss, grid, tol=1e-2) for own, grid in zip(x, grids, strict=True))
+            points = [list(path)[-1] for path in paths]
+        for name, own, (mean, scale), point in zip(places, values, standards, points, strict=True):
+            assert point is not None
             entry = entry_shares(point.salience)
             index = (entry < 1 - 1e-9).nonzero()[:, 0]
-            kept = ((values[:, index] - mean[index]) / scale[index]).half().cpu()
+            kept = ((own[:, index] - mean[index]) / scale[index]).half().cpu()
             self._kept[name, fold] = kept, entry[index].cpu(), index.cpu()
-        return self._kept[name, fold]
 
     def fit(self, places: dict[str, Features], *, dense: dict[str, Features] | None = None) -> Outcome:
         """A head on the salient neurons of these places, and on all of the dense ones.
@@ -122,7 +138,8 @@ class Selector:
         """What :meth:`fit` fits its heads on."""
         matrices = []
         for fold in range(FOLDS):
-            found = [self.columns(name, features, fold) for name, features in places.items()]
+            self.prepare(places, fold)
+            found = [self._kept[name, fold] for name in places]
             entry = torch.cat([each[1] for each in found])
             order = entry.argsort(stable=True)[:MOST].sort().values
             x = torch.cat([each[0] for each in found], 1)[:, order].float()

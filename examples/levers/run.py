@@ -95,18 +95,20 @@ class Trial:
             name, lambda: train(self.texts, self.folds, self.hidden, self.moments, variance=self.variance, **options)
         )
 
-    def attended(self, *, ffn: bool = True, **options: Any) -> dict[str, Features]:
-        """Places of attention-pooled features; FFN neurons take the weights of their own block's output."""
+    def attended(self, *, ffn: int | None = 0, **options: Any) -> dict[str, Features]:
+        """Places of attention-pooled features; FFN neurons take the weights of a hidden tap so many blocks below."""
 
         def make() -> dict[str, Tensor]:
             weights = self.attention(**options).weights(self.texts, self.moments)
             found = {tap: pooled(self.texts, weights, tap, i, self.device) for i, tap in enumerate(self.hidden)}
-            return {**found, **self._of_ffn(weights)} if ffn else found
+            return found if ffn is None else {**found, **self._of_ffn(weights, ffn)}
 
         found = self.keep(f"attended {ffn} {options}", make)
-        return {f"{tap} attention {options}": _own(values) for tap, values in found.items()}
+        return {
+            f"{tap} attention {options}" + (f" {ffn}" if tap[0] == "f" else ""): _own(x) for tap, x in found.items()
+        }
 
-    def _of_ffn(self, weights: Tensor) -> dict[str, Tensor]:
+    def _of_ffn(self, weights: Tensor, below: int) -> dict[str, Tensor]:
         backbone, starts = Backbone(self.path, self.device), self.texts.starts
         taps = [tap for tap in backbone.widths if tap.startswith("ffn.")]
         n = len(self.texts.labels)
@@ -115,9 +117,8 @@ class Trial:
         def read(rows: list[int], tap: str, values: Tensor, mask: Tensor) -> None:
             if tap not in found:
                 return
-            place = (
-                self.hidden.index(f"hidden.{tap.split('.')[1]}") if f"hidden.{tap.split('.')[1]}" in self.hidden else -1
-            )
+            source = f"hidden.{int(tap.split('.')[1]) - below}"
+            place = self.hidden.index(source) if source in self.hidden else -1
             own = torch.zeros(len(rows), values.shape[1], FOLDS)
             for i, row in enumerate(rows):
                 own[i, : starts[row + 1] - starts[row]] = weights[starts[row] : starts[row + 1], :, place, 0]
@@ -256,11 +257,15 @@ LEVERS: dict[str, Callable[[Trial], Outcome]] = {
     "attention, joint head": joint(),
     "attention, shared, joint head": joint(shared=True),
     "attention, four queries, joint head": joint(queries=4),
-    "attention, hidden": lambda t: t.selector.fit(t.places() | t.attended(ffn=False)),
+    "attention, hidden": lambda t: t.selector.fit(t.places() | t.attended(ffn=None)),
     "attention": lambda t: t.selector.fit(t.places() | t.attended()),
     "attention only": lambda t: t.selector.fit(t.attended()),
-    "attention, shared": lambda t: t.selector.fit(t.places() | t.attended(ffn=False, shared=True)),
-    "attention, four queries": lambda t: t.selector.fit(t.places() | t.attended(ffn=False, queries=4)),
+    "attention only, hidden": lambda t: t.selector.fit(t.attended(ffn=None)),
+    "attention only, of the input": lambda t: t.selector.fit(t.attended(ffn=1)),
+    "attention only, shared": lambda t: t.selector.fit(t.attended(shared=True)),
+    "attention and max": lambda t: t.selector.fit(t.places(statistics=("max",)) | t.attended()),
+    "attention, shared": lambda t: t.selector.fit(t.places() | t.attended(ffn=None, shared=True)),
+    "attention, four queries": lambda t: t.selector.fit(t.places() | t.attended(ffn=None, queries=4)),
     "directions": directions,
     **{name: beside(name) for name in ("std", "min", "top3", "ends", "halves")},
     "attn": lambda t: t.selector.fit(t.places((*t.kinds, "attn"))),

@@ -46,6 +46,27 @@ class Texts:
     def states(self, tap: str) -> np.ndarray:
         return np.load(self.folder / f"{tap}.tokens.npy", mmap_mode="r")
 
+    @cached_property
+    def _on_device(self) -> dict[str, Tensor]:
+        return {}
+
+    def on(self, device: torch.device, tap: str) -> Tensor:
+        """The states of all tokens, ``(tokens, width)`` in float16; a GPU holds them from the first call on."""
+        if device.type == "cpu":
+            return torch.from_numpy(np.load(self.folder / f"{tap}.tokens.npy", mmap_mode="c"))
+        if tap not in self._on_device:
+            self._on_device[tap] = torch.from_numpy(np.array(self.states(tap))).to(device)
+        return self._on_device[tap]
+
+    def padded(self, rows: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Numbers of the tokens of some texts, and the mask ``(texts, tokens)`` that they fill."""
+        starts = torch.from_numpy(self.starts).to(device)
+        own = torch.tensor(rows, device=device)
+        first, lengths = starts[own], starts[own + 1] - starts[own]
+        position = torch.arange(int(lengths.max()), device=device)
+        mask = position < lengths[:, None]
+        return (first[:, None] + position)[mask], mask
+
     def pooled(self, tap: str, statistic: str) -> Tensor:
         return torch.from_numpy(np.load(self.folder / f"{tap}.{statistic}.npy")).float()
 

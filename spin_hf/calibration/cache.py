@@ -122,9 +122,13 @@ def clear_store(store: CachedStore) -> None:
         shutil.rmtree(store.folder)
 
 
-def key_of(fingerprint: str, batching: str) -> str:
-    """A store's key: texts that are batched otherwise have other features, and a batch is found by its number."""
-    return hashlib.sha256(f"{fingerprint} {batching}".encode()).hexdigest()
+def key_of(fingerprint: str, batching: str, learned: str = "") -> str:
+    """A store's key: texts that are batched otherwise have other features, and a batch is found by its number.
+
+    Args:
+        learned: what learned token weights depend on beside, if there are any.
+    """
+    return hashlib.sha256(f"{fingerprint} {batching} {learned}".rstrip().encode()).hexdigest()
 
 
 def known_batching(cache_dir: str | Path | None, fingerprint: str) -> Batching | None:

@@ -14,7 +14,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from ..attention import ATTENTION
 from ..depth import nearest_depth, why_whole
+from ..features import FeatureGroup
 from ..modeling_spin import SpinForSequenceClassification
 from ..structure import has_routed_experts
 from ..taps import Tap, model_device, tap_width
@@ -35,6 +37,7 @@ from .result import CalibrationResult
 from .stages import conclude, probe_all, try_heads
 from .store import required_bytes
 from .task import Metric, Task
+from .token_weights import PARTS, Texts, learn_queries, states_bytes
 from .windowing import check_window_options, make_windows
 
 
@@ -114,7 +117,9 @@ def spin_calibrate(
         prefer: ``"score"``: the best score, candidates within half a paired standard error of it counting as tied and
             going by their loss; or ``"compact"``: the smallest candidate within one standard error of that one.
         kinds: of ``hidden`` and ``ffn``; both by default.
-        poolings: of ``mean``, ``max``, ``first``, ``last``; mean and max by default.
+        poolings: of ``mean``, ``max``, ``first``, ``last`` and ``attention``; mean and max by default. ``attention``
+            weighs the tokens: it learns one vector for each hidden tap from the labels, with the backbone frozen, for
+            the price of one more forward; see :mod:`spin_hf.calibration.token_weights`. Not with ``cv``.
         Cs: grid of C for the probes, or how many values to try, each twice the last, starting from each probe's own
             smallest useful value (default 10; a path ends when two in a row bring nothing).
         etas: shares of salience to try; none at all (``[]``) leaves the single probes.
@@ -162,6 +167,12 @@ def spin_calibrate(
     if prefer not in ("score", "compact"):
         raise CalibrationError(f"prefer must be 'score' or 'compact'; got {prefer!r}.")
     check_exits(exits, recipe)
+    weighted = ATTENTION in recipe.poolings
+    if weighted and cv is not None:
+        raise CalibrationError(
+            "Token weights are learned once, so folds that evaluate would have been learned from. With the pooling "
+            "attention give eval, or leave cv out: then a part of train is held out."
+        )
     check_fresh(model, recalibrate=recalibrate)
     demand_whole("batch_tokens", batch_tokens, least=1)
     demand_between("tol", tol, 0, 1)
@@ -203,6 +214,9 @@ def spin_calibrate(
             f"{required_bytes(widths, recipe.poolings, count) / 1e6:,.0f} MB of disk, "
             f"{probe_bytes(max(widths.values()), count, len(data.fits())) / 1e6:,.0f} MB of memory for a probe."
         )
+        if weighted:
+            needed = states_bytes(model.spin, read, encoded) / 1e6
+            show.say(f"{needed:,.0f} MB more of disk while token weights are learned.")
         key = ""
         if cache_dir is not None or ranks.count > 1:
             key = fingerprint(model.spin, encoded, read, recipe.poolings, batch_tokens)
@@ -221,18 +235,28 @@ def spin_calibrate(
         del planned  # lists of numbers take ten times as much
         about = {"backbone": model.config.backbone_id, "texts": count, "tokens": sum(encoded.lengths)}
         about["batching"] = model.config.batching
+        # Token weights are learned from the labels, by this version of torch on this kind of device.
+        learned = f"{data.fingerprint()} {seed} {torch.__version__} {model_device(model).type}" if weighted else ""
         with open_store(
             cache_dir,
-            key=key_of(key, model.config.batching),
+            key=key_of(key, model.config.batching, learned),
             ranks=ranks,
             widths=widths,
             poolings=recipe.poolings,
             batches=batches,
             about=about,
         ) as (store, missing):
+            queries: dict[Tap, torch.Tensor] = {}
+            if weighted:
+                texts = Texts(encoded, data, pad, model.config.batching, batch_tokens)
+                with clock("token weights"), show.bar("Weighting tokens", PARTS) as advance:
+                    learn = partial(learn_queries, model.spin, read, texts, store.folder, seed=seed, advance=advance)
+                    kept = Fits(None if cache_dir is None else store.folder, torch.device("cpu"))
+                    found = ranks.on_main(lambda: kept.keep("queries", (), learn))
+                    queries = dict(zip(read, found, strict=True))
             with clock("extract"), show.bar("Reading the backbone", sum(encoded.lengths)) as advance, ranks.together():
                 advance(sum(encoded.lengths) - sum(encoded.lengths[row] for i in missing for row in batches[i]))
-                extract(model.spin, encoded, store, ranks.share(missing), pad, ranks.counted(advance))
+                extract(model.spin, encoded, store, ranks.share(missing), pad, ranks.counted(advance), queries)
             split = sum(map(len, ranks.gather(store.split)))
             device = _solver_device(model)
             fits = Fits(None, device)
@@ -254,14 +278,14 @@ def spin_calibrate(
     depth = nearest_depth(model.spin.backbone, model.spin.layout, final.candidate.depth)
     model.remove_exits()
     deepest = max((each.depth for each in fitted.exits), default=0) if fitted else 0
-    model.spin.set_features(final.groups, final.mean, final.scale, depth=max(depth, deepest))
+    model.spin.set_features(_weighted(final.groups, queries), final.mean, final.scale, depth=max(depth, deepest))
     model.spin.remember_backbone()
     model.set_head(*task.as_logits(final.weight, final.intercept))
     model.config.logit_temperature = 1.0 if confidence is None else confidence.temperature
     model.config.text_pairs = paired
     _write_config(model, task, class_weights, encoded, tokenizer)
     if fitted is not None:
-        model.set_exits(fitted.groups, fitted.mean, fitted.scale, fitted.exits)
+        model.set_exits(_weighted(fitted.groups, queries), fitted.mean, fitted.scale, fitted.exits)
     everything = [probe for ranked in probes for probe in ranked]
     return CalibrationResult(
         chosen=replace(final.candidate, depth=depth),
@@ -322,6 +346,11 @@ def spin_calibrate(
         skipped=skipped,
         exits=fitted.candidates if fitted else (),
     )
+
+
+def _weighted(groups: Sequence[FeatureGroup], queries: Mapping[Tap, torch.Tensor]) -> list[FeatureGroup]:
+    """The groups with the queries of their token weights."""
+    return [group._replace(query=queries[group.tap]) if group.pooling == ATTENTION else group for group in groups]
 
 
 def check_fresh(model: Any, *, recalibrate: bool) -> None:

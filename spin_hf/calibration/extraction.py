@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..attention import ATTENTION, TokenWeights, sources
 from ..modeling_spin import SpinForSequenceClassification
 from ..pooling import PositionsError, pool
 from ..spin_model import SpinModel
@@ -181,6 +182,7 @@ def extract(
     numbers: Sequence[int],
     pad_token_id: int,
     advance: Callable[[int], Any],
+    queries: Mapping[Tap, Tensor] | None = None,
 ) -> None:
     """Compute some batches of the store's plan and write them there. One that does not fit the device's memory is read
     in halves, down to single texts, and the store keeps how many parts it took.
@@ -188,6 +190,7 @@ def extract(
     Args:
         numbers: of the batches.
         advance: called with the number of tokens of each finished batch.
+        queries: of the token weights of each tap, if they are pooled by attention.
 
     Raises:
         CalibrationError: for windows on a backbone that works on other positions than its tokens; with the first batch.
@@ -202,9 +205,7 @@ def extract(
     device = model_device(model)
 
     reduce = pool if encoded.windows else pool_prefix  # windows pool some tokens in their middle
-
-    def read(tap: Tap, values: Tensor, mask: Tensor) -> list[Tensor]:
-        return list(reduce(values, mask, store.poolings).unbind(1))
+    start = functools.partial(_Whole, reduce, store.poolings, queries or {})
 
     def run(rows: Sequence[int]) -> dict[Tap, np.ndarray]:
         batch = pad([encoded.input_ids[row] for row in rows], pad_token_id).to(device)
@@ -213,7 +214,7 @@ def extract(
         if encoded.token_type_ids is not None:
             types = pad([encoded.token_type_ids[row] for row in rows], 0).to(device)
         try:
-            pooled = model.pooled(poolings, read, mask, batch, types, windows=encoded.windows)
+            pooled = model.read_taps(poolings, start, mask, batch, types, windows=encoded.windows)
         except PositionsError as error:
             raise CalibrationError(str(error)) from error
         except (RuntimeError, MemoryError) as error:
@@ -222,7 +223,7 @@ def extract(
             raise
         return {tap: torch.stack(parts, 1).cpu().numpy() for tap, parts in pooled.items()}
 
-    with model.hooked(taps), closing(store):
+    with model.hooked(list(dict.fromkeys((*taps, *sources(poolings))))), closing(store):
         for number in numbers:
             rows = store.batches[number].tolist()
             parts = in_halves(rows, run)
@@ -235,6 +236,32 @@ def extract(
                     )
             store.write(number, arrays, parts=len(parts))
             advance(sum(lengths[row] for row in rows))
+
+
+class _Whole:
+    """Pools all neurons of the taps, of one forward."""
+
+    def __init__(
+        self,
+        reduce: Callable[[Tensor, Tensor, Sequence[str]], Tensor],
+        poolings: Sequence[str],
+        queries: Mapping[Tap, Tensor],
+        mask: Tensor,
+    ) -> None:
+        self._reduce, self._poolings, self._mask = reduce, poolings, mask
+        self._plain = [name for name in poolings if name != ATTENTION]
+        self._wanted, self._weights = queries, TokenWeights(queries, mask)
+        self._found: dict[Tap, list[Tensor]] = {}
+
+    def read(self, tap: Tap, values: Tensor) -> None:
+        self._weights.see(tap, values)
+        found = list(self._reduce(values, self._mask, self._plain).unbind(1)) if self._plain else []
+        if ATTENTION in self._poolings and tap in self._wanted:
+            found.insert(self._poolings.index(ATTENTION), self._weights.pool(tap, values))
+        self._found[tap] = found
+
+    def finish(self) -> dict[Tap, list[Tensor]]:
+        return self._found
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..attention import ATTENTION
 from ..pooling import POOLINGS
 from .errors import CalibrationError, demand_whole
 from .selection import KINDS
@@ -39,7 +40,7 @@ class Recipe:
         given = {name: _frozen(value) for name, value in changes.items() if value is not None}
         recipe = replace(_PRESETS[preset], **given)
         _check_names("kinds", recipe.kinds, KINDS)
-        _check_names("poolings", recipe.poolings, POOLINGS)
+        _check_names("poolings", recipe.poolings, (*POOLINGS, ATTENTION))
         for name in ("Cs", "etas", "depths"):
             value = getattr(recipe, name)
             if not (value is None or isinstance(value, tuple) or (name == "Cs" and isinstance(value, int))):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,6 +187,17 @@ class CalibrationResult:
         values["confidence"] = None if self.confidence is None else self.confidence.to_dict()
         return values
 
+    def differences(self, other: CalibrationResult) -> dict[str, tuple[Any, Any]]:
+        """Every value in which the other record is not equal to this one, to the bit: the name and both values.
+
+        A name is a path in :meth:`to_dict`, such as ``"candidates.3.score"``; a value that only one of them has stands
+        beside ``None``. :attr:`seconds` are left out. The same call on the same kind of device leaves nothing, however
+        many processes shared the work and however often it was stopped.
+        """
+        own, others = (dict(_leaves(_without_nan({**each.to_dict(), "seconds": {}}))) for each in (self, other))
+        pairs = {name: (own.get(name), others.get(name)) for name in {**own, **others}}
+        return {name: (one, another) for name, (one, another) in pairs.items() if one != another}
+
     def to_html(
         self, path: str | Path, *, model: Any = None, tokenizer: Any = None, data: Any = None, **columns: Any
     ) -> Path:
@@ -246,6 +257,14 @@ def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
     values = asdict(candidate)
     del values["predictions"]
     return values
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, (Mapping, list)):
+        yield name, value
+        return
+    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from _leaves(item, f"{name}.{key}" if name else str(key))
 
 
 def _without_nan(value: Any) -> Any:

@@ -62,7 +62,9 @@ def calibrate(
     preset: Annotated[_Preset, typer.Option(help="default, or the paper's rules.")] = _Preset.default,
     prefer: Annotated[_Prefer, typer.Option(help="Best score, or the smallest within its error.")] = _Prefer.score,
     kind: Annotated[list[str] | None, typer.Option(help="hidden or ffn; may be repeated.")] = None,
-    pooling: Annotated[list[str] | None, typer.Option(help="mean, max, first or last; may be repeated.")] = None,
+    pooling: Annotated[
+        list[str] | None, typer.Option(help="mean, max, first, last or attention; may be repeated.")
+    ] = None,
     max_features: Annotated[int | None, typer.Option(help="Most neurons to keep.")] = None,
     max_depth: Annotated[int | None, typer.Option(help="Most blocks to run.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per text, or of a window.")] = None,

@@ -7,7 +7,9 @@ left is the difference of a pooled value and its mean, and that splits over toke
 
 - ``mean``: token t adds (a_t - mean_f) / T;
 - ``max``: the token that attains it adds all of (max - mean_f); several that do share it equally;
-- ``first`` and ``last``: their token adds all of it.
+- ``first`` and ``last``: their token adds all of it;
+- ``attention``: token t adds w_t (a_t - mean_f), with the token weights w_t of this text as they are. That the other
+  tokens have a say in w_t is not split any further.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..attention import ATTENTION, TokenWeights
 from ..exits import demand_exit
 from ..features import Selection
 from ..modeling_spin import SpinForSequenceClassification
@@ -122,8 +125,10 @@ class _Kept(NamedTuple):
     """Which tokens a pooled value of some rows comes from."""
 
     rows: slice
-    attained: Tensor  # (rows, tokens, neurons), or (rows, tokens, 1) where it is the same for all
-    pooled: Tensor  # (rows, neurons)
+    attained: (
+        Tensor  # (rows, tokens, neurons), or (rows, tokens, 1) where it is the same for all; of attention its parts
+    )
+    pooled: Tensor  # (rows, neurons); of attention (rows,), the logarithm of the weights' normaliser
 
 
 class _Spread:
@@ -148,12 +153,15 @@ class _Spread:
         self.exact = _exact(self.device)
         self.parts_of: dict[Tap, list[tuple[str, Tensor, slice]]] = {}  # with their place among the features
         start = 0
-        for tap, pooling, neurons in selection.groups():
+        for tap, pooling, neurons, _ in selection.groups():
             own = slice(start, start + len(neurons))
             self.parts_of.setdefault(tap, []).append((pooling, neurons, own))
             start = own.stop
         self.text = torch.arange(len(mask), device=mask.device) if plan is None else plan.text[:, 0]
         self.lengths = mask.sum(1).clamp_min(1)
+        self.queries = selection.queries()
+        self.weights: TokenWeights | None = None  # of the forward that runs, whose mask is this one
+        self.pooling: Tensor | None = None
         self.seen: dict[Tap, int] = {}
         self.kept: dict[tuple[Tap, int], list[_Kept]] = {}
         self.totals: dict[bool, Tensor] = {}  # of the encoder's taps (False) and the decoder's, by row and column
@@ -165,6 +173,12 @@ class _Spread:
                 f"{mask.shape[1]} tokens became {values.shape[1]} positions at tap {tap}, so that it can't be told "
                 "what a token adds. predict() still answers."
             )
+        if mask is not self.pooling:
+            self.weights, self.pooling = TokenWeights(self.queries, mask), mask
+        assert self.weights is not None
+        self.weights.see(tap, values)
+        if tap not in self.parts_of:
+            return []
         first = self.seen.get(tap, 0)
         rows = slice(first, first + len(values))
         self.seen[tap] = rows.stop
@@ -175,6 +189,9 @@ class _Spread:
         with torch.autocast(values.device.type, enabled=False):
             for index, (pooling, neurons, own) in enumerate(self.parts_of[tap]):
                 kept = values.index_select(-1, neurons.to(values.device))
+                if pooling == ATTENTION:
+                    found.append(self._weigh(tap, index, rows, kept).to(self.device))
+                    continue
                 pooled = pool(kept, mask, [pooling])[:, 0]
                 if pooling == "mean":
                     mean = self.mean[own].to(values.device, _exact(values.device))
@@ -187,10 +204,36 @@ class _Spread:
                 found.append(pooled.to(self.device))
         return found
 
+    def _weigh(self, tap: Tap, index: int, rows: slice, kept: Tensor) -> Tensor:
+        assert self.weights is not None
+        _, _, own = self.parts_of[tap][index]
+        weights, mass = (part.to(kept.device) for part in self.weights.of(tap))
+        mean = self.mean[own].to(kept.device, _exact(kept.device))
+        parts = (kept - mean).masked_fill(weights[..., None] == 0, 0.0) * weights[..., None]
+        if self.plan is None:
+            self._add(tap, rows, own, parts)
+        else:  # only the end of the forward tells what the window's share of the text is
+            self.kept.setdefault((tap, index), []).append(_Kept(rows, parts, mass))
+        return self.weights.pool(tap, kept)
+
+    def _settle_weighted(self, tap: Tap, own: slice, kept: list[_Kept]) -> None:
+        assert self.plan is not None
+        mass = torch.cat([part.pooled for part in kept]).to(self.device, self.exact)
+        text = self.text.to(self.device)
+        texts = torch.full((len(self.mask),), -torch.inf, dtype=self.exact, device=self.device)
+        peak = texts.scatter_reduce(0, text, mass, "amax")
+        total = torch.zeros_like(texts).index_add_(0, text, (mass - peak[text]).exp())
+        share = (mass - peak[text]).exp() / total[text]
+        for part in kept:
+            self._add(tap, part.rows, own, part.attained * share[part.rows, None, None].to(part.attained))
+
     def settle(self, pooled: dict[Tap, list[Tensor]]) -> None:
         """Give the tokens that were kept their shares of the texts' pooled values ``(texts, neurons)``."""
         for (tap, index), kept in self.kept.items():
             pooling, _, own = self.parts_of[tap][index]
+            if pooling == ATTENTION:
+                self._settle_weighted(tap, own, kept)
+                continue
             value = pooled[tap][index]
             counts = [self._counting(part, value, pooling) for part in kept]
             ties = torch.zeros(len(value), counts[0].shape[-1], dtype=self.exact, device=self.device)

@@ -15,7 +15,7 @@ from .charts import Chart, Grid, Level, Series
 
 KINDS = {"hidden": "hidden state", "ffn": "FFN neurons", "norm": "after the final norm", "both": "both kinds"}
 _COLOURS = {"hidden": 0, "ffn": 1, "norm": 2, "both": 3}
-_STYLES = {"mean": 0, "max": 1, "first": 2, "last": 3, "all": 4}
+_STYLES = {"mean": 0, "max": 1, "first": 2, "last": 3, "all": 4, "attention": 5}
 
 
 def by_block(result: CalibrationResult) -> Chart:

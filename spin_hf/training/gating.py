@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from ..features import FeatureGroup
 from ..gates import Gates
 from ..modeling_spin import NotCalibratedError, SpinForSequenceClassification
 from ..taps import model_device
@@ -73,7 +72,7 @@ def prune_gates(model: SpinForSequenceClassification) -> int:
         neurons = group.neurons[values[start : start + len(group.neurons)].to(group.neurons.device) > 0]
         start += len(group.neurons)
         if len(neurons):
-            groups.append(FeatureGroup(group.tap, group.pooling, neurons))
+            groups.append(group._replace(neurons=neurons))
     depth = spin.depth_for(groups)
     there = spin.standardizer.mean.device
     mean, scale = spin.standardizer.mean[kept.to(there)], spin.standardizer.scale[kept.to(there)]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -372,6 +373,12 @@ def test_result_reads_back(wrap, tokenizer, rows, tmp_path):
     assert str(again) == str(result)
     assert again.chosen == result.chosen
     assert again.confidence == result.confidence
+    assert again.differences(result) == {}
+    other = replace(again, candidates=again.candidates[:1], metric="r2", seconds={})
+    told = other.differences(again)
+    assert told["metric"] == ("r2", "accuracy")
+    assert told["candidates.1.score"] == (None, again.candidates[1].score)
+    assert not [name for name in told if not name.startswith(("metric", "candidates."))]
     older = json.loads((tmp_path / "calibration.json").read_text())
     del older["confidence"]
     (tmp_path / "calibration.json").write_text(json.dumps(older))

@@ -5,17 +5,27 @@ import copy
 import numpy as np
 import pytest
 import torch
-from builders import CONFIGS, GOOD, SIZE, VOCABULARY, calibrated, make_backbone, make_tokenizer, with_exits
+from builders import (
+    CONFIGS,
+    EVERY_POOLING,
+    GOOD,
+    SIZE,
+    VOCABULARY,
+    calibrated,
+    make_backbone,
+    make_tokenizer,
+    with_exits,
+)
 from census.checks import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import T5Model
 
+from spin_hf.attention import source
 from spin_hf.exits import ExitError
 from spin_hf.explain import ExplanationError, explain, token_features
 from spin_hf.gates import Gates
 from spin_hf.modeling_spin import FeatureGroup
-from spin_hf.pooling import POOLINGS
 from spin_hf.prediction import predict
 from spin_hf.windows import Windows
 
@@ -67,10 +77,14 @@ def by_hand(model, ids, windows=None):
             values = [float(row[neuron]) for _, _, row in rows[group.tap]]
             own = {"first": [0], "last": [len(values) - 1], "mean": range(len(values))}.get(group.pooling)
             own = [i for i, value in enumerate(values) if value == max(values)] if own is None else own
-            for i in own:
+            shares = {i: 1 / len(own) for i in own}
+            if group.pooling == "attention":
+                scores = [float(row @ group.query.double()) for _, _, row in rows[source(group.tap)]]
+                shares = dict(enumerate(np.exp(scores - np.logaddexp.reduce(scores))))
+            for i, share in shares.items():
                 reader = rows[group.tap][i][1]
                 place = len(ids) if reader is None else reader
-                added[place, column] += (values[i] - float(mean[column])) / float(scale[column]) / len(own)
+                added[place, column] += (values[i] - float(mean[column])) / float(scale[column]) * share
             column += 1
     return added.numpy()
 
@@ -217,7 +231,7 @@ def test_a_backbone_that_takes_no_mask():
 
 @given(
     texts=st.lists(st.lists(st.sampled_from(WORDS), max_size=30).map(" ".join), min_size=1, max_size=5),
-    poolings=st.sets(st.sampled_from(POOLINGS), min_size=1),
+    poolings=st.sets(st.sampled_from(EVERY_POOLING), min_size=1),
     labels=st.integers(2, 5),
     count=st.integers(1, 32),
     temperature=st.floats(0.1, 10),

@@ -1,0 +1,90 @@
+"""Learned token weights: the pooling ``attention`` averages a neuron over the tokens by a softmax of scores.
+
+The score of a token is ``state . query``, one query for each tap, which calibration learns. The states are those of the
+hidden tap itself; FFN neurons take the input of their block, which is there before them. With a query of zeros it is
+the mean. Without the exponential's normaliser the averages of the windows of a long text could not be joined, so it
+travels with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .layout import Tap
+
+ATTENTION = "attention"
+
+
+def source(tap: Tap) -> Tap:
+    """The tap whose states are scored for a tap's tokens."""
+    return Tap("hidden", tap.block - 1) if tap.kind == "ffn" else tap
+
+
+def sources(poolings: Mapping[Tap, Iterable[str]]) -> list[Tap]:
+    """Taps to read for the token weights of those that are pooled by :data:`ATTENTION`."""
+    return list(dict.fromkeys(source(tap) for tap, names in poolings.items() if ATTENTION in names))
+
+
+class TokenWeights:
+    """The token weights of one forward, worked out as its taps come by.
+
+    Args:
+        queries: of each tap that is pooled by them, ``(width of its source,)`` float32.
+        mask: of the tokens to pool, ``(rows, tokens)``.
+    """
+
+    def __init__(self, queries: Mapping[Tap, Tensor], mask: Tensor) -> None:
+        self._by_source: dict[Tap, list[Tap]] = {}
+        for tap in queries:
+            self._by_source.setdefault(source(tap), []).append(tap)
+        self._queries, self._mask = queries, mask
+        self._weights: dict[Tap, tuple[Tensor, Tensor]] = {}
+
+    def see(self, tap: Tap, values: Tensor) -> None:
+        """Score the tokens by a tap's activations ``(rows, tokens, width)``, if it is the source of any."""
+        served = self._by_source.get(tap)
+        if not served:
+            return
+        with torch.autocast(values.device.type, enabled=False):
+            padding = self._mask.to(device=values.device, dtype=torch.bool).logical_not()[..., None]
+            queries = torch.stack([self._queries[each] for each in served], 1).to(values.device)
+            scores = values.float() @ queries  # padding may hold NaN, so it is filled afterwards
+            scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
+            mass = scores.logsumexp(1)
+            weights = scores.softmax(1).masked_fill(padding, 0.0)
+        for each, weight, own in zip(served, weights.unbind(2), mass.unbind(1), strict=True):
+            self._weights[each] = weight, own
+
+    def of(self, tap: Tap) -> tuple[Tensor, Tensor]:
+        """Weights of a tap's tokens ``(rows, tokens)``, of sum 1, and the logarithm of their normaliser ``(rows,)``."""
+        return self._weights[tap]
+
+    def pool(self, tap: Tap, values: Tensor) -> Tensor:
+        """Averages of some neurons ``(rows, tokens, neurons)``, with a last column for :func:`join`:
+        ``(rows, neurons + 1)`` in float32.
+        """
+        weights, mass = (part.to(values.device) for part in self.of(tap))
+        with torch.autocast(values.device.type, enabled=False):
+            filled = values.masked_fill(weights[..., None] == 0, 0.0).float()
+            return torch.cat([(weights[:, None] @ filled)[:, 0], mass[:, None]], 1)
+
+
+def join(values: Tensor, mask: Tensor) -> Tensor:
+    """Averages of whole texts ``(texts, neurons)`` from those of their windows ``(texts, windows, neurons + 1)``.
+
+    Args:
+        mask: which windows there are, ``(texts, windows)``.
+    """
+    share = values[..., -1].masked_fill(~mask, -torch.inf).softmax(1)
+    return (values[..., :-1] * share[..., None]).sum(1)
+
+
+def whole(pooled: dict[Tap, list[Tensor]], poolings: Mapping[Tap, Sequence[str]]) -> dict[Tap, list[Tensor]]:
+    """Pooled values of texts that were read in one piece, without the columns for :func:`join`."""
+    return {
+        tap: [part[:, :-1] if name == ATTENTION else part for part, name in zip(parts, poolings[tap], strict=True)]
+        for tap, parts in pooled.items()
+    }

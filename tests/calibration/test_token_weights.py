@@ -1,0 +1,198 @@
+"""Token weights: what they are at run time, and that calibration finds the tokens that carry the label."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from builders import GOOD, NEUTRAL, make_backbone, make_sentiment_rows, make_tokenizer, random_query
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from spin_hf import SpinForSequenceClassification, spin_calibrate
+from spin_hf.attention import TokenWeights, join, source
+from spin_hf.calibration import token_weights
+from spin_hf.calibration.errors import CalibrationError, OutputFolderError
+from spin_hf.explain import explain
+from spin_hf.pooling import pool
+from spin_hf.prediction import predict
+from spin_hf.taps import Tap
+
+FFN, HIDDEN, EMBEDDINGS = Tap("ffn", 1), Tap("hidden", 1), Tap("hidden", 0)
+
+
+def calibrate(rows, *, backbone=None, **options):
+    model = SpinForSequenceClassification.from_backbone(backbone or make_backbone("bert"))
+    tokenizer = make_tokenizer()
+    options = {"poolings": ["attention"], "etas": [0.8, 1.0], "Cs": 4, "progress": False, **options}
+    return model, tokenizer, spin_calibrate(model, tokenizer, rows, **options)
+
+
+def one_word_counts(count, seed=0):
+    """Texts of neutral words, labelled by whether one word among them is "good": a mean drowns it."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        words = draw.choices(NEUTRAL, k=20)
+        if number % 2:
+            words[draw.randrange(20)] = GOOD[0]
+        rows.append((" ".join(words), number % 2))
+    return {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
+
+
+def seen(queries, mask, values):
+    weights = TokenWeights(queries, mask)
+    for tap, own in values.items():
+        weights.see(tap, own)
+    return weights
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 7))
+def test_weights_are_a_softmax_over_the_real_tokens(seed, rows, tokens):
+    draw = torch.Generator().manual_seed(seed)
+    states, neurons = torch.randn(rows, tokens, 5, generator=draw), torch.randn(rows, tokens, 3, generator=draw)
+    query = torch.randn(5, generator=draw)
+    mask = torch.rand(rows, tokens, generator=draw) < 0.6
+    mask[:, 0] = True
+    expected = []
+    for row in range(rows):
+        weight = (states[row, mask[row]] @ query).softmax(0)
+        expected.append(weight @ neurons[row, mask[row]])
+    states[~mask], neurons[~mask] = torch.nan, torch.nan  # padding may hold anything
+    found = seen({FFN: query}, mask, {EMBEDDINGS: states}).pool(FFN, neurons)[:, :-1]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_query_of_zeros_is_the_mean():
+    values, mask = torch.randn(3, 6, 4), torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0], [0] * 6])
+    found = seen({HIDDEN: torch.zeros(4)}, mask, {HIDDEN: values}).pool(HIDDEN, values)[:, :-1]
+    torch.testing.assert_close(found, pool(values, mask, ["mean"])[:, 0])
+    assert not found[2].any()  # no token at all
+
+
+def test_windows_join_to_what_one_row_gives():
+    values, query = torch.randn(1, 12, 4), 3 * torch.randn(4)
+    whole = seen({HIDDEN: query}, torch.ones(1, 12), {HIDDEN: values}).pool(HIDDEN, values)[:, :-1]
+    windows, mask = values.reshape(3, 4, 4), torch.ones(3, 4)
+    parts = seen({HIDDEN: query}, mask, {HIDDEN: windows}).pool(HIDDEN, windows)
+    padded = torch.cat([parts, torch.full((1, 5), 9.0)])[None]
+    torch.testing.assert_close(join(padded, torch.tensor([[True, True, True, False]])), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_ffn_neurons_take_the_input_of_their_block():
+    assert [str(source(Tap.parse(name))) for name in ("ffn.1", "ffn.3", "hidden.0", "hidden.2", "norm.4")] == [
+        *("hidden.0", "hidden.2", "hidden.0", "hidden.2", "norm.4")
+    ]
+
+
+def test_calibration_finds_the_word_that_counts(tmp_path):
+    rows, test = one_word_counts(240), one_word_counts(200, seed=1)
+    scores = {}
+    for pooling in ("mean", "attention"):
+        model, tokenizer, result = calibrate(rows, poolings=[pooling])
+        answers = predict(model, tokenizer, test["text"]).logits.argmax(-1)
+        scores[pooling] = float(np.mean(answers == np.asarray(test["label"])))
+    assert scores["attention"] > 0.9
+    assert scores["attention"] > scores["mean"] + 0.1
+    assert {entry["pooling"] for entry in model.config.features} == {"attention"}
+    # and the parts of the answer say so: the good word carries it
+    text = test["text"][1]
+    (found,) = explain(model, tokenizer, [text])
+    by_word = found.by("word")
+    strongest = by_word.keys[int(np.argmax(by_word.values[:, 1]))]
+    assert GOOD[0] in str(strongest)
+    model.save_pretrained(tmp_path)
+    loaded = SpinForSequenceClassification.from_pretrained(tmp_path)
+    assert np.array_equal(
+        predict(loaded, tokenizer, test["text"]).logits, predict(model, tokenizer, test["text"]).logits
+    )
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_beside_other_poolings_with_exits_and_windows(name):
+    rows = make_sentiment_rows(60)
+    model, tokenizer, result = calibrate(
+        rows, backbone=make_backbone(name), poolings=["mean", "attention"], exits=True, windows=True, max_length=8
+    )
+    assert {candidate.pooling for candidate in result.candidates} == {"mean", "attention", "all"}
+    texts = rows["text"][:8] + [" ".join(rows["text"][:3])]
+    together = predict(model, tokenizer, texts).logits
+    alone = np.concatenate([predict(model, tokenizer, [text]).logits for text in texts])
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-4)
+    found = explain(model, tokenizer, texts)
+    assert found.worst_error < 1e-4
+    for number in range(len(model.config.exits)):
+        assert explain(model, tokenizer, texts, exit=number).worst_error < 1e-4
+
+
+def test_a_second_run_learns_nothing_anew_and_ends_the_same(tmp_path, monkeypatch):
+    rows = make_sentiment_rows(60)
+    first, tokenizer, _ = calibrate(rows, cache_dir=tmp_path / "cache")
+    other, _, _ = calibrate({**rows, "label": rows["label"][::-1]}, cache_dir=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*/queries.*"))) == 2  # of other labels there are others
+    assert not list((tmp_path / "cache").glob("*/states"))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("learned again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(token_weights, "_train", refuse)
+        again, _, _ = calibrate(rows, cache_dir=tmp_path / "cache")
+    for path in (tmp_path / "cache").glob("*/queries.*"):
+        path.unlink()  # as a kill just before would leave it
+    anew, _, _ = calibrate(rows, cache_dir=tmp_path / "cache")
+    for number, model in enumerate((first, again, anew, other)):
+        model.save_pretrained(tmp_path / str(number))
+    saved = [load_file(tmp_path / str(number) / "model.safetensors") for number in range(4)]
+    for found in saved[1:3]:
+        assert found.keys() == saved[0].keys()
+        assert all(torch.equal(found[key], saved[0][key]) for key in found)
+    assert not torch.equal(saved[3]["spin.standardizer.queries"][:32], saved[0]["spin.standardizer.queries"][:32])
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_other_problems(problem):
+    rows = make_sentiment_rows(60)
+    multi = problem == "multi_label_classification"
+    labels = (
+        [["good"] if label else [] for label in rows["label"]] if multi else [1000.0 + 300 * x for x in rows["label"]]
+    )
+    model = SpinForSequenceClassification.from_backbone(
+        make_backbone("bert"), problem_type=problem, **({"labels": ["good"]} if multi else {})
+    )
+    tokenizer = make_tokenizer()
+    options = {"poolings": ["attention"], "etas": [1.0], "Cs": 3, "progress": False}
+    spin_calibrate(model, tokenizer, {"text": rows["text"], "label": labels}, **options)
+    assert model.spin.standardizer.queries.any()
+    assert np.isfinite(predict(model, tokenizer, rows["text"]).logits).all()
+
+
+def test_few_of_the_texts_when_there_is_no_room_for_more(monkeypatch):
+    monkeypatch.setattr(token_weights, "_MOST_BYTES", 60_000)
+    _, _, result = calibrate(make_sentiment_rows(80))
+    assert result.chosen.pooling == "attention"
+
+
+def test_no_room_on_the_disk(monkeypatch, tmp_path):
+    used = token_weights.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(token_weights.shutil, "disk_usage", lambda path: used._replace(free=10))
+    with pytest.raises(OutputFolderError, match="states of the tokens need|the features need"):
+        calibrate(make_sentiment_rows(60), cache_dir=tmp_path)
+
+
+def test_folds_are_refused():
+    with pytest.raises(CalibrationError, match=r"With the pooling attention give eval, or leave cv out"):
+        calibrate(make_sentiment_rows(60), cv=3)
+
+
+def test_queries_follow_their_neurons():
+    model, *_ = calibrate(make_sentiment_rows(60))
+    spin = model.spin
+    groups = spin.feature_groups()
+    query = random_query(spin, groups[0].tap, torch.Generator().manual_seed(0))
+    mean, scale = spin.standardizer.mean, spin.standardizer.scale
+    spin.set_features([groups[0]._replace(query=query), *groups[1:]], mean, scale, depth=spin.depth)
+    assert torch.equal(spin.feature_groups()[0].query, query)
+    assert spin.config.features[0]["query"] == len(query)
