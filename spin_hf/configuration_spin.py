@@ -38,7 +38,8 @@ class SpinConfig(PreTrainedConfig):
         layout: dotted names of the backbone's blocks, FFN down projection and final norm, and how many blocks in a row
             share a module.
         features: what the classifier reads, one entry ``{"tap": "ffn.3", "pooling": "mean", "count": 120}`` per tap
-            and pooling; empty until calibrated. The neurons' indices are a buffer of the model.
+            and pooling, under ``attention`` with the width of its ``query`` too; empty until calibrated. The neurons'
+            indices, and the queries, are buffers of the model.
         exits: the heads for other depths and etas, if calibration was asked for them, one entry ``{"depth": 4, "eta":
             0.8, "num_features": 120, "score": 0.91, "temperature": 1.0}`` each.
         exit_features: the features that they share, as ``features`` has them.
