@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -40,7 +41,8 @@ def make(shape: str, *, dtype: torch.dtype, device: str, attention: str = "sdpa"
     """A backbone of one of the :data:`SHAPES`, its weights drawn with seed 0."""
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModel.from_config(SHAPES[shape], dtype=dtype, attn_implementation=attention).eval()
+        # A copy: the model that is cut to fewer blocks says so in its config.
+        return AutoModel.from_config(copy.deepcopy(SHAPES[shape]), dtype=dtype, attn_implementation=attention).eval()
 
 
 def make_classifier(
