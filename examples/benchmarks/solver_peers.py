@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-INTERCEPT = 1000.0  # the value of the column that stands in for a free intercept
+# The value of the column that stands in for a free intercept. Its weight is penalised: with 1000, the intercept of a
+# class of 69 texts in 4361 costs so much that no tolerance gives a gap of 1e-4.
+INTERCEPT = 100_000.0
 
 
 @dataclass(frozen=True)
