@@ -255,6 +255,8 @@ class _Whole:
 
     def read(self, tap: Tap, values: Tensor) -> None:
         self._weights.see(tap, values)
+        if self._wanted and tap not in self._wanted:  # read for the token weights of others alone
+            return
         found = list(self._reduce(values, self._mask, self._plain).unbind(1)) if self._plain else []
         if ATTENTION in self._poolings and tap in self._wanted:
             found.insert(self._poolings.index(ATTENTION), self._weights.pool(tap, values))
