@@ -62,7 +62,7 @@ class Bare:
         store: FeatureStore,
         numbers: Sequence[int],
         pad_token_id: int,
-        advance: Callable[[int], Any],
+        *more: Any,
     ) -> None:
         every = list(numbers)
         model.eval()
@@ -71,7 +71,7 @@ class Bare:
         self.first = self.now() - started
         self.texts, self.tokens = len(encoded.lengths), sum(encoded.lengths)
         self.read(model, encoded, store, every[::2], pad_token_id)
-        self.extract(model, encoded, store, every, pad_token_id, advance)
+        self.extract(model, encoded, store, every, pad_token_id, *more)
         self.read(model, encoded, store, every[1::2], pad_token_id)
 
     def read(self, *given: Any) -> None:
