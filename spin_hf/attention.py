@@ -83,8 +83,11 @@ def join(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def whole(pooled: dict[Tap, list[Tensor]], poolings: Mapping[Tap, Sequence[str]]) -> dict[Tap, list[Tensor]]:
-    """Pooled values of texts that were read in one piece, without the columns for :func:`join`."""
+    """Pooled values of texts that were read in one piece, without the columns for :func:`join`, and without the taps
+    that only gave token weights.
+    """
     return {
-        tap: [part[:, :-1] if name == ATTENTION else part for part, name in zip(parts, poolings[tap], strict=True)]
-        for tap, parts in pooled.items()
+        tap: [part[:, :-1] if name == ATTENTION else part for part, name in zip(pooled[tap], names, strict=True)]
+        for tap, names in poolings.items()
+        if names
     }

@@ -127,6 +127,16 @@ def test_beside_other_poolings_with_exits_and_windows(name):
         assert explain(model, tokenizer, texts, exit=number).worst_error < 1e-4
 
 
+@pytest.mark.parametrize("windows", [False, True])
+def test_ffn_neurons_alone(windows):
+    """Their weights come from hidden taps that nobody asked for."""
+    rows = make_sentiment_rows(60)
+    options = {"kinds": ["ffn"], "poolings": ["attention", "mean"], "windows": windows, "max_length": 8}
+    model, tokenizer, result = calibrate(rows, **options)
+    assert {Tap.parse(entry["tap"]).kind for entry in model.config.features} == {"ffn"}
+    assert explain(model, tokenizer, rows["text"][:4]).worst_error < 1e-4
+
+
 def test_a_second_run_learns_nothing_anew_and_ends_the_same(tmp_path, monkeypatch):
     rows = make_sentiment_rows(60)
     first, tokenizer, _ = calibrate(rows, cache_dir=tmp_path / "cache")
