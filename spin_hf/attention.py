@@ -1,7 +1,8 @@
 """Learned token weights: the pooling ``attention`` averages a neuron over the tokens by a softmax of scores.
 
 The score of a token is ``state . query``, one query for each tap, which calibration learns. The states are those of the
-hidden tap itself; FFN neurons take the input of their block, which is there before them. With a query of zeros it is
+hidden tap itself; FFN neurons take the input of their block, which is there before them (those of a decoder's first
+block, where both stacks are read, the encoder's last states). With a query of zeros it is
 the mean. Without the exponential's normaliser the averages of the windows of a long text could not be joined, so it
 travels with them.
 """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import sources, whole
+from .attention import source, sources, whole
 from .backbone import build_backbone
 from .batching import split_rows
 from .configuration_spin import SpinConfig
@@ -27,7 +27,8 @@ from .pooling import PositionsError, align_left
 from .pretrained import NotCalibratedError, SpinPreTrainedModel
 from .readers import Gathering, Reader, TapByTap
 from .structure import find_layout
-from .taps import attach, model_device, record
+from .taps import attach, model_device, record, tap_width
+from .trust import CheckpointError
 from .windows import WindowPlan, Windows, plan_windows
 
 
@@ -53,6 +54,7 @@ class SpinModel(SpinPreTrainedModel):
         self.groups: list[tuple[Tap, list[tuple[str, int, int]]]] = []
         self._hooks: list[Any] = []
         self.install_hooks()
+        self._check_queries()
         self._weights_seen: dict[str, Tensor] | None = None
         self.register_state_dict_pre_hook(warn_if_moved)
         self.post_init()
@@ -111,6 +113,16 @@ class SpinModel(SpinPreTrainedModel):
         for tap, parts in (*self.groups, *exits):
             named.setdefault(tap, []).extend(pooling for pooling, _, _ in parts)
         self._hooks = attach(self.backbone, self.layout, list(dict.fromkeys((*named, *sources(named)))))
+
+    def _check_queries(self) -> None:
+        for entry in (*self.config.features, *self.config.exit_features):
+            if "query" in entry:
+                width = tap_width(self.backbone, self.layout, source(Tap.parse(entry["tap"])))
+                if entry["query"] != width:
+                    raise CheckpointError(
+                        f"The query of {entry['tap']} has {entry['query']} values, but scores states of width {width}. "
+                        "The config is damaged, or of another backbone."
+                    )
 
     @contextmanager
     def hooked(self, taps: Sequence[Tap]) -> Iterator[None]:

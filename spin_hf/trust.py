@@ -172,4 +172,7 @@ def checked_features(entries: Any, name: str = "features") -> list[dict[str, Any
                 f"count from 1 to {_MOST_NEURONS}, and under the pooling 'attention' the width of its 'query'; "
                 f"got {entry}."
             )
+    places = [(entry["tap"], entry["pooling"]) for entry in entries]
+    if twice := [place for place in places if places.count(place) > 1]:
+        raise CheckpointError(f"`{name}` lists tap {twice[0][0]} under the pooling {twice[0][1]} twice.")
     return list(entries)

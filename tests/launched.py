@@ -20,6 +20,7 @@ from spin_hf.calibration.result import CalibrationResult
 
 SHARDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # gloo's reduce-scatter for FSDP
 QUICK = {"progress": False, "Cs": 4, "etas": (0.5, 1.0), "batch_tokens": 64}
+WHOLE = {"exits": True, "poolings": ("mean", "attention")}
 
 
 def calibrate(folder: Path, name: str, **options: object) -> None:
@@ -36,7 +37,7 @@ def calibrate(folder: Path, name: str, **options: object) -> None:
             run(*arguments)
 
         model.spin.run_backbone = dying
-    result = spin_calibrate(model, builders.make_tokenizer(), rows, **{**QUICK, "exits": True, **options})
+    result = spin_calibrate(model, builders.make_tokenizer(), rows, **{**QUICK, **WHOLE, **options})
     (folder / name).mkdir(parents=True)
     save_file(
         model.state_dict(), folder / name / "model.safetensors"

@@ -131,7 +131,7 @@ def key_of(fingerprint: str, batching: str, learned: str = "") -> str:
     return hashlib.sha256(f"{fingerprint} {batching} {learned}".rstrip().encode()).hexdigest()
 
 
-def known_batching(cache_dir: str | Path | None, fingerprint: str) -> Batching | None:
+def known_batching(cache_dir: str | Path | None, fingerprint: str, learned: str = "") -> Batching | None:
     """How an earlier calibration of this fingerprint found that its texts may be batched, if there was one: the
     most careful, if there were several.
     """
@@ -139,7 +139,7 @@ def known_batching(cache_dir: str | Path | None, fingerprint: str) -> Batching |
         return None
     for batching in reversed(BATCHINGS):
         with suppress(OSError, ValueError, AttributeError):
-            about = Path(cache_dir) / _name(key_of(fingerprint, batching)) / ABOUT
+            about = Path(cache_dir) / _name(key_of(fingerprint, batching, learned)) / ABOUT
             if json.loads(about.read_text(encoding="utf-8")).get("batching") == batching:
                 return batching
     return None

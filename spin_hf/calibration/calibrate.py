@@ -37,7 +37,7 @@ from .result import CalibrationResult
 from .stages import conclude, probe_all, try_heads
 from .store import required_bytes
 from .task import Metric, Task
-from .token_weights import PARTS, Texts, learn_queries, states_bytes
+from .token_weights import PARTS, Texts, learn_queries, learning_rows, states_bytes
 from .windowing import check_window_options, make_windows
 
 
@@ -118,8 +118,9 @@ def spin_calibrate(
             going by their loss; or ``"compact"``: the smallest candidate within one standard error of that one.
         kinds: of ``hidden`` and ``ffn``; both by default.
         poolings: of ``mean``, ``max``, ``first``, ``last`` and ``attention``; mean and max by default. ``attention``
-            weighs the tokens: it learns one vector for each hidden tap from the labels, with the backbone frozen, for
-            the price of one more forward; see :mod:`spin_hf.calibration.token_weights`. Not with ``cv``.
+            weighs the tokens: it learns one vector for each hidden tap, which the next block's FFN neurons share, from
+            the labels, with the backbone frozen, for the price of one more forward and a few passes over its states;
+            see :mod:`spin_hf.calibration.token_weights`. Not with ``cv``.
         Cs: grid of C for the probes, or how many values to try, each twice the last, starting from each probe's own
             smallest useful value (default 10; a path ends when two in a row bring nothing).
         etas: shares of salience to try; none at all (``[]``) leaves the single probes.
@@ -137,8 +138,8 @@ def spin_calibrate(
         batch_tokens: padded tokens per batch of the extraction. Windows of a longer text run up to 4096 tokens at once.
         tol: relative duality gap of every probe and of the final head.
         cache_dir: keep features, probes and heads here, so that a run that was stopped goes on where it was, and one
-            with other labels or settings on the same texts does not extract again. For processes on several machines,
-            on a file system that they share.
+            with other labels or settings on the same texts does not extract again; but under ``attention`` features
+            come from the labels. For processes on several machines, on a file system that they share.
         seed: of the split, folds and bootstrap.
         progress: show bars, estimates and the disk needed, on standard error.
         recalibrate: choose neurons and head anew, in the blocks there are, for a model whose backbone was trained or
@@ -225,9 +226,12 @@ def spin_calibrate(
             "The processes of this launch don't hold the same backbone, texts, labels and options. Load and shuffle "
             "alike in all of them, with a seed.",
         )
-        pad = int(tokenizer.pad_token_id)
+        pad, learned = int(tokenizer.pad_token_id), ""
+        if weighted:  # from the labels, by this version of torch on this kind of device
+            of_labels = data.fingerprint(choosing=False)
+            learned = f"{of_labels} {seed} {torch.__version__} {model_device(model).type}"
         with clock("extract"):
-            known = known_batching(cache_dir, key) if ranks.main else None
+            known = known_batching(cache_dir, key, learned) if ranks.main else None
             find = partial(find_batching, model.spin, read, encoded.samples(6), pad)
             model.config.batching = ranks.on_main(lambda: known or find())
         planned = plan_batches(encoded.lengths, batch_tokens, model.config.batching)
@@ -235,8 +239,6 @@ def spin_calibrate(
         del planned  # lists of numbers take ten times as much
         about = {"backbone": model.config.backbone_id, "texts": count, "tokens": sum(encoded.lengths)}
         about["batching"] = model.config.batching
-        # Token weights are learned from the labels, by this version of torch on this kind of device.
-        learned = f"{data.fingerprint()} {seed} {torch.__version__} {model_device(model).type}" if weighted else ""
         with open_store(
             cache_dir,
             key=key_of(key, model.config.batching, learned),
@@ -247,8 +249,12 @@ def spin_calibrate(
             about=about,
         ) as (store, missing):
             queries: dict[Tap, torch.Tensor] = {}
+            weighed: list[int] = []
             if weighted:
                 texts = Texts(encoded, data, pad, model.config.batching, batch_tokens)
+                weighed = [len(rows) for rows in learning_rows(model.spin, read, texts, seed)]
+                if sum(weighed) < count:
+                    show.say(f"Token weights are learned from {weighed[0]:,} texts and chosen on {weighed[1]:,}.")
                 with clock("token weights"), show.bar("Weighting tokens", PARTS) as advance:
                     learn = partial(learn_queries, model.spin, read, texts, store.folder, seed=seed, advance=advance)
                     kept = Fits(None if cache_dir is None else store.folder, torch.device("cpu"))
@@ -306,6 +312,7 @@ def spin_calibrate(
             "tokens": sum(encoded.lengths),
             "batches": len(batches),
             "split_batches": split,
+            **({"token_weights_rows": weighed} if weighted else {}),
         },
         seconds=ranks.on_main(lambda: {**clock.seconds, "total": time.perf_counter() - started}),
         bytes={"features": store.bytes, "model": sum(p.numel() * p.element_size() for p in model.parameters())},

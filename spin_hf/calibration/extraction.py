@@ -230,12 +230,17 @@ def extract(
             arrays = {tap: np.concatenate([part[tap] for part in parts]) for tap in taps} if parts[1:] else parts[0]
             for tap, array in arrays.items():
                 if not np.isfinite(array).all():
-                    raise NonFiniteFeaturesError(
-                        f"Tap {tap} produced NaN or infinity (batch {number}). In float16 the backbone may overflow: "
-                        "load it with dtype=torch.bfloat16 or float32. Otherwise its weights are damaged."
-                    )
+                    raise not_finite(tap, f"batch {number}")
             store.write(number, arrays, parts=len(parts))
             advance(sum(lengths[row] for row in rows))
+
+
+def not_finite(tap: Tap, where: str) -> NonFiniteFeaturesError:
+    """The error to raise where a tap's activations are no numbers."""
+    return NonFiniteFeaturesError(
+        f"Tap {tap} produced NaN or infinity ({where}). In float16 the backbone may overflow: load it with "
+        "dtype=torch.bfloat16 or float32. Otherwise its weights are damaged."
+    )
 
 
 class _Whole:

@@ -46,9 +46,10 @@ class Labelled:
     def eval_rows(self) -> np.ndarray:
         return np.concatenate([held_out for _, held_out in self.folds])
 
-    def fingerprint(self) -> str:
-        """Hash of all that probes and heads depend on beside the features."""
-        digest = hashlib.sha256(repr((self.task.names, self.task.metric_name, self.task.multiclass)).encode())
+    def fingerprint(self, *, choosing: bool = True) -> str:
+        """Hash of all that probes and heads depend on beside the features; without ``choosing`` not of the metric."""
+        metric = self.task.metric_name if choosing else None
+        digest = hashlib.sha256(repr((self.task.names, metric, self.task.multiclass)).encode())
         for array in (self.targets.numpy(), self.weights.numpy(), *chain(*self.folds), self.refit):
             digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()

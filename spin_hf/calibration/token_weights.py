@@ -1,9 +1,10 @@
 """Learning the queries of the pooling ``attention``: which tokens of a text count, tap by tap.
 
-The states of the hidden taps of all tokens are read once and kept in float16. Then one query for each tap is trained
-on them with a linear head over all taps, by Adam: with the weights given, the head is linear in the states, so a query
-learns to point at the tokens that carry the label. The head is dropped; probes and heads are fitted on what the queries
-pool. The pass with the least loss on the evaluation rows is kept, as these rows choose everything else too.
+The states of the hidden taps are read once and kept in float16, of all texts or of as many as 4 GB hold. Then one
+query for each tap is trained on them with a linear head over all taps, by Adam: with the weights given, the head is
+linear in the states, so a query learns to point at the tokens that carry the label. The head is dropped; probes and
+heads are fitted on what the queries pool. The pass with the least loss on the evaluation rows is kept, as these rows
+choose everything else too.
 
 The states are standardised in all this, but their shift and scale fold into the query, since a softmax does not feel
 what all tokens share: what is left is one vector of the tap's width.
@@ -27,7 +28,7 @@ from ..pooling import PositionsError
 from ..spin_model import SpinModel
 from ..taps import Tap, model_device, tap_width
 from .errors import CalibrationError, OutputFolderError
-from .extraction import Encoded, pad, plan_batches
+from .extraction import Encoded, not_finite, pad, plan_batches
 from .halving import in_halves, is_out_of_memory, no_room
 from .probes import Labelled
 from .solver import balance
@@ -62,15 +63,19 @@ def learn_queries(
 
     Raises:
         CalibrationError: for a backbone that works on other positions than its tokens.
-        DeviceMemoryError: where a text does not fit the device's memory even alone.
+        DeviceMemoryError: where a text does not fit the device's memory even alone, or the few of a step do not.
+        NonFiniteFeaturesError: naming the tap that produced NaN or infinity.
         OutputFolderError: without room for the states.
     """
-    read = list(dict.fromkeys(map(source, taps)))
-    widths = {tap: tap_width(model.backbone, model.layout, tap) for tap in read}
-    parts = _rows(texts, 2 * sum(widths.values()), seed)
-    with _States.reading(model, widths, texts, parts, folder) as states:
+    device = model_device(model)
+    with _States.reading(model, _widths(model, taps), texts, learning_rows(model, taps, texts, seed), folder) as states:
         advance(1)
-        learned = _train(states, texts.data, model_device(model), seed, advance)
+        try:
+            learned = _train(states, texts.data, device, seed, advance)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise no_room(int(np.diff(states.starts).max()), device, error) from error
+            raise
     return [learned[source(tap)] for tap in taps]
 
 
@@ -79,20 +84,39 @@ PARTS = 1 + _EPOCHS  # the reading, and about as many passes
 
 def states_bytes(model: SpinModel, taps: Sequence[Tap], encoded: Encoded) -> int:
     """What :func:`learn_queries` needs of the disk meanwhile."""
-    width = sum(tap_width(model.backbone, model.layout, tap) for tap in dict.fromkeys(map(source, taps)))
-    return min(_MOST_BYTES, 2 * width * sum(_lengths(encoded)))
+    return min(_MOST_BYTES, 2 * sum(_widths(model, taps).values()) * sum(_lengths(encoded)))
 
 
-def _rows(texts: Texts, bytes_per_token: int, seed: int) -> list[np.ndarray]:
-    """Rows that train and rows that evaluate, the longest first; all of them, or as many of both as there is room."""
+def _widths(model: SpinModel, taps: Sequence[Tap]) -> dict[Tap, int]:
+    """Of the taps whose states are read."""
+    return {tap: tap_width(model.backbone, model.layout, tap) for tap in dict.fromkeys(map(source, taps))}
+
+
+def learning_rows(model: SpinModel, taps: Sequence[Tap], texts: Texts, seed: int) -> list[np.ndarray]:
+    """Rows that train and rows that evaluate, the longest first: all of them, or as many of both as there is room for,
+    some of each class.
+    """
     ((train, held_out),) = texts.data.folds
+    bytes_per_token = 2 * sum(_widths(model, taps).values())
     lengths = np.asarray(_lengths(texts.encoded))
     share = _MOST_BYTES / (bytes_per_token * max(1, int(lengths[train].sum() + lengths[held_out].sum())))
     draw = np.random.default_rng(seed)
-    some = [
-        rows if share >= 1 else draw.permutation(rows)[: max(1, int(share * len(rows)))] for rows in (train, held_out)
-    ]
+    some: list[np.ndarray] = [train, held_out]
+    if share < 1:
+        orders = [_by_class(draw.permutation(rows), texts.data.labels) for rows in some]
+        some = [rows[: max(1, int(share * len(rows)))] for rows in orders]
     return [rows[np.argsort(-lengths[rows], kind="stable")] for rows in some]
+
+
+def _by_class(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The rows in such an order that the first ones have every class in its share."""
+    if labels.ndim > 1 or not np.issubdtype(labels.dtype, np.integer):
+        return rows
+    place = np.empty(len(rows))
+    for label in np.unique(labels[rows]):
+        own = np.flatnonzero(labels[rows] == label)
+        place[own] = np.arange(len(own)) / len(own)
+    return rows[np.argsort(place, kind="stable")]
 
 
 def _lengths(encoded: Encoded) -> list[int]:
@@ -125,25 +149,26 @@ class _States:
         starts = np.concatenate([[0], np.cumsum([lengths[row] for row in rows])])
         own = folder / "states"
         try:
-            shutil.rmtree(own, ignore_errors=True)  # of a run that was killed
-            own.mkdir()
-            needed, free = 2 * int(starts[-1]) * sum(widths.values()), shutil.disk_usage(own).free
-            if free < needed:
-                raise OSError(f"{free / 1e9:.1f} GB are free, the states of the tokens need {needed / 1e9:.1f} GB")
-            values = {
-                tap: np.lib.format.open_memmap(
-                    own / f"{tap}.npy", mode="w+", dtype=np.float16, shape=(int(starts[-1]), width)
-                )
-                for tap, width in widths.items()
-            }
+            try:
+                shutil.rmtree(own, ignore_errors=True)  # of a run that was killed
+                own.mkdir()
+                needed, free = 2 * int(starts[-1]) * sum(widths.values()), shutil.disk_usage(own).free
+                if free < needed:
+                    raise OSError(f"{free / 1e9:.1f} GB are free, the states of the tokens need {needed / 1e9:.1f} GB")
+                values = {
+                    tap: np.lib.format.open_memmap(
+                        own / f"{tap}.npy", mode="w+", dtype=np.float16, shape=(int(starts[-1]), width)
+                    )
+                    for tap, width in widths.items()
+                }
+            except OSError as error:
+                raise OutputFolderError(
+                    f'{own} can\'t be written: {error}. Name another folder as cache_dir="...", or leave the pooling '
+                    "attention out."
+                ) from error
             found = cls(values, rows, len(parts[0]), starts)
             found._read(model, texts, lengths)
             yield found
-        except OSError as error:
-            raise OutputFolderError(
-                f'{own} can\'t be written: {error}. Name another folder as cache_dir="...", or leave the pooling '
-                "attention out."
-            ) from error
         finally:
             shutil.rmtree(own, ignore_errors=True)
 
@@ -204,9 +229,12 @@ class _Writing:
 
     def read(self, tap: Tap, values: Tensor) -> None:
         starts = self._states.starts
-        half = values.float().clamp(-_FLOAT16, _FLOAT16).half().cpu().numpy()
-        for place, own in zip(self._places, half, strict=True):
+        found = values.float().cpu()
+        half = found.clamp(-_FLOAT16, _FLOAT16).half().numpy()
+        for place, own, exact in zip(self._places, half, found, strict=True):
             length = starts[place + 1] - starts[place]
+            if not bool(exact[:length].isfinite().all()):
+                raise not_finite(tap, f"text {self._states.rows[place]}")
             if len(own) < length:
                 raise PositionsError(
                     f"Tap {tap} has {len(own)} positions for {length} tokens, so that tokens can't be weighted. Leave "

@@ -10,10 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from spin_hf import SpinForSequenceClassification, spin_calibrate
+from spin_hf import CheckpointError, SpinConfig, SpinForSequenceClassification, SpinModel, spin_calibrate
 from spin_hf.attention import TokenWeights, join, source
 from spin_hf.calibration import token_weights
-from spin_hf.calibration.errors import CalibrationError, OutputFolderError
+from spin_hf.calibration.errors import (
+    CalibrationError,
+    DeviceMemoryError,
+    NonFiniteFeaturesError,
+    OutputFolderError,
+)
 from spin_hf.explain import explain
 from spin_hf.pooling import pool
 from spin_hf.prediction import predict
@@ -179,10 +184,78 @@ def test_other_problems(problem):
     assert np.isfinite(predict(model, tokenizer, rows["text"]).logits).all()
 
 
-def test_few_of_the_texts_when_there_is_no_room_for_more(monkeypatch):
+def test_few_of_the_texts_when_there_is_no_room_for_more(monkeypatch, capsys):
+    _, _, whole = calibrate(make_sentiment_rows(80))
+    assert whole.data["token_weights_rows"] == [64, 16]
     monkeypatch.setattr(token_weights, "_MOST_BYTES", 60_000)
-    _, _, result = calibrate(make_sentiment_rows(80))
-    assert result.chosen.pooling == "attention"
+    _, _, result = calibrate(make_sentiment_rows(80), progress=True)
+    trained, chosen = result.data["token_weights_rows"]
+    assert 0 < trained < 64
+    assert 0 < chosen < 16
+    assert f"learned from {trained} texts and chosen on {chosen}." in capsys.readouterr().err
+
+
+def test_a_rare_class_is_among_the_few():
+    labels = np.array([0] * 97 + [1, 2, 2])
+    rows = token_weights._by_class(np.random.default_rng(0).permutation(100), labels)
+    assert sorted(rows) == list(range(100))
+    assert set(labels[rows[:3]]) == {0, 1, 2}
+
+
+def test_damaged_weights_are_noticed_before_anything_is_learned(monkeypatch, tmp_path):
+    backbone = make_backbone("bert")
+    backbone.encoder.layer[1].output.dense.bias.data.fill_(torch.inf)
+
+    def refuse(*args):
+        raise AssertionError("learned")
+
+    monkeypatch.setattr(token_weights, "_train", refuse)
+    monkeypatch.setattr("spin_hf.calibration.calibrate.find_batching", lambda *args: "padded")
+    with pytest.raises(NonFiniteFeaturesError, match=r"Tap hidden.2 produced NaN or infinity"):
+        calibrate(make_sentiment_rows(60), backbone=backbone, cache_dir=tmp_path)
+    assert not list(tmp_path.glob("*/states"))
+
+
+def test_out_of_memory_while_learning(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(token_weights, "_train", full)
+    with pytest.raises(DeviceMemoryError, match="max_length"):
+        calibrate(make_sentiment_rows(60))
+
+
+def test_what_fails_while_learning_is_not_told_as_a_full_disk(monkeypatch):
+    def broken(*args):
+        raise BrokenPipeError("the terminal is gone")
+
+    monkeypatch.setattr(token_weights, "_train", broken)
+    with pytest.raises(BrokenPipeError):
+        calibrate(make_sentiment_rows(60))
+
+
+def test_another_metric_learns_and_reads_nothing_anew(monkeypatch, tmp_path):
+    rows = make_sentiment_rows(60)
+    calibrate(rows, cache_dir=tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("done again")
+
+    monkeypatch.setattr("spin_hf.calibration.calibrate.learn_queries", refuse)
+    monkeypatch.setattr("spin_hf.calibration.calibrate.find_batching", refuse)
+    model, _, result = calibrate(rows, cache_dir=tmp_path, metric="macro_f1")
+    assert result.metric == "macro_f1"
+    assert len(list(tmp_path.glob("*/store.json"))) == 1
+
+
+def test_configs_that_do_not_fit():
+    model, *_ = calibrate(make_sentiment_rows(60))
+    values = model.config.to_dict()
+    entry = values["features"][0]
+    with pytest.raises(CheckpointError, match=r"lists tap \S+ under the pooling attention twice"):
+        SpinConfig.from_dict({**values, "features": [entry, entry]})
+    with pytest.raises(CheckpointError, match=r"has 31 values, but scores states of width 32"):
+        SpinModel(SpinConfig.from_dict({**values, "features": [{**entry, "query": 31}]}))
 
 
 def test_no_room_on_the_disk(monkeypatch, tmp_path):
