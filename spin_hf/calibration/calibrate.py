@@ -15,20 +15,20 @@ from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ..attention import ATTENTION
-from ..depth import nearest_depth, why_whole
+from ..depth import nearest_depth
 from ..features import FeatureGroup
 from ..modeling_spin import SpinForSequenceClassification
-from ..structure import has_routed_experts
 from ..taps import Tap, model_device, tap_width
 from .cache import key_of, known_batching, open_store
 from .errors import CalibrationError, demand_between, demand_whole
 from .exits import check_exits, fit_exits
-from .extraction import Encoded, check_tokenizer, encode, extract, fingerprint, plan_batches, window
+from .extraction import Encoded, check_tokenizer, encode, extract, fingerprint, plan_batches
 from .fingerprint import tokenizer_fingerprint
 from .fits import Fits
 from .folds import check_sample_weight, prepare
 from .heads import HeadFitter
 from .independence import find_batching
+from .limits import check_fresh, depths_to_try, taps_to_read, token_limit
 from .probes import Labelled, probe_bytes
 from .progress import Clock, shown
 from .ranks import Ranks, ending_together
@@ -182,26 +182,18 @@ def spin_calibrate(
     check_window_options(windows, overlap)
     check_tokenizer(tokenizer, model)
     blocks = model.spin.depth
-    tried_depths = _depths(model, recipe, whole=preset == "paper" and not (depths or max_depth))
+    tried_depths = depths_to_try(model, recipe, whole=preset == "paper" and not (depths or max_depth))
     columns = {"text_column": text_column, "label_column": label_column}
     prepared = prepare(model, train, eval, cv, validation_fraction, seed, **columns)
     rows, names, labels, refit = prepared.rows, prepared.names, prepared.labels, prepared.refit
-    limit = _token_limit(max_length, tokenizer, model)
+    limit = token_limit(max_length, tokenizer, model)
     cut = make_windows(tokenizer, limit, overlap, pairs=rows.pairs is not None) if windows else None
     task = Task.make(model.config.problem_type, names, metric, multiclass)
     weights = check_sample_weight(sample_weight, prepared.trained, len(rows))
     class_weights = task.class_weights(labels[refit], class_weight)
     row_weights = task.row_weights(labels, class_weights, weights)
     data = Labelled(task, labels, task.targets(labels), row_weights, prepared.folds, refit)
-    taps = [tap for tap in model.spin.taps if tap.block <= tried_depths[-1] and _wanted(tap, recipe)]
-    if not taps:
-        spin = model.spin
-        experts = has_routed_experts(spin.backbone, spin.layout)
-        raise CalibrationError(
-            f"No tap of kind {', '.join(recipe.kinds)} was found in {type(spin.backbone).__name__}. "
-            + ("Its FFNs are routed experts, of which no module sees every token. " if experts else "")
-            + 'Use kinds=["hidden"], or name the down projection with ffn="..." in from_backbone.'
-        )
+    taps = taps_to_read(model, recipe, tried_depths[-1])
     with shown(progress and ranks.main) as show:
         with clock("tokenize"):
             encoded = encode(tokenizer, rows.texts, rows.pairs, limit, cut)
@@ -358,64 +350,6 @@ def spin_calibrate(
 def _weighted(groups: Sequence[FeatureGroup], queries: Mapping[Tap, torch.Tensor]) -> list[FeatureGroup]:
     """The groups with the queries of their token weights."""
     return [group._replace(query=queries[group.tap]) if group.pooling == ATTENTION else group for group in groups]
-
-
-def check_fresh(model: Any, *, recalibrate: bool) -> None:
-    """Raise for a model that can't be calibrated in its present state.
-
-    Raises:
-        CalibrationError: if it is calibrated and that is not wanted anew, has gates, or is wrapped for PEFT.
-    """
-    if not isinstance(model, SpinForSequenceClassification):
-        advice = "Make one with SpinForSequenceClassification.from_backbone(...)."
-        if hasattr(model, "peft_config"):
-            advice = "Merge its adapter first: model = model.merge_and_unload()."
-        raise CalibrationError(f"A {type(model).__name__} can't be calibrated. {advice}")
-    if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise CalibrationError(
-            "This model is part of a PEFT model. Merge the adapter first: model = peft_model.merge_and_unload()."
-        )
-    if model.gates is not None:
-        raise CalibrationError("This model has gates; remove them first: spin_hf.training.prune_gates(model).")
-    if model.calibrated and not recalibrate:
-        raise CalibrationError(
-            "This model is calibrated already, and blocks above its depth are gone. Start from the backbone again: "
-            f"SpinForSequenceClassification.from_backbone({model.config.backbone_id!r}, ...). Where its backbone was "
-            "trained since, calibrate it as it is: spin_calibrate(model, ..., recalibrate=True)."
-        )
-
-
-def _token_limit(
-    asked: int | None, tokenizer: PreTrainedTokenizerBase, model: SpinForSequenceClassification
-) -> int | None:
-    """Tokens per text: as asked for, within what tokenizer and backbone allow."""
-    most, special = window(tokenizer, model), tokenizer.num_special_tokens_to_add()
-    if asked is None:
-        return most
-    if not special < asked <= (most or asked):
-        raise CalibrationError(
-            f"max_length={asked} must be more than the {special} special tokens of a text"
-            + (f" and at most {most}, the window of tokenizer and backbone." if most else ".")
-        )
-    return asked
-
-
-def _depths(model: SpinForSequenceClassification, recipe: Recipe, *, whole: bool) -> list[int]:
-    """Depths to try; without those that the backbone can't be cut to, where nothing else was asked for."""
-    spin, blocks = model.spin, model.spin.depth
-    if whole:
-        return [blocks]
-    found = recipe.depths_of(blocks)
-    reasons = {depth: why_whole(spin.backbone, spin.layout, depth) for depth in found if depth < blocks}
-    chosen = recipe.depths is not None or recipe.max_depth is not None
-    for depth, reason in reasons.items():
-        if reason and chosen:
-            raise CalibrationError(f"{reason} Leave depths and max_depth out, or choose others than {depth}.")
-    return [depth for depth in found if not reasons.get(depth)]
-
-
-def _wanted(tap: Tap, recipe: Recipe) -> bool:
-    return ("ffn" if tap.kind == "ffn" else "hidden") in recipe.kinds
 
 
 def _solver_device(model: SpinForSequenceClassification) -> torch.device:

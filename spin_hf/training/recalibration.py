@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..calibration import CalibrationResult, spin_calibrate
-from ..calibration.calibrate import check_fresh
 from ..calibration.extraction import check_tokenizer
 from ..calibration.folds import prepare
+from ..calibration.limits import check_fresh
 from ..modeling_spin import SpinForSequenceClassification
 
 
