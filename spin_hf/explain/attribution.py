@@ -126,7 +126,7 @@ class _Kept(NamedTuple):
 
     rows: slice
     attained: (
-        Tensor  # (rows, tokens, neurons), or (rows, tokens, 1) where it is the same for all; of attention its parts
+        Tensor  # (rows, tokens, neurons), or (rows, tokens, 1) where all have the same; of attention what each adds
     )
     pooled: Tensor  # (rows, neurons); of attention (rows,), the logarithm of the weights' normaliser
 
