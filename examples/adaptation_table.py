@@ -1,12 +1,17 @@
-"""Ways to adapt one pretrained model to SST-2: reading it, training a head, gates, LoRA, fine-tuning, SetFit.
+"""Ways to adapt one pretrained model to a data set: reading it, training a head, gates, LoRA, fine-tuning, SetFit.
 
 Every method that trains gets a small grid of learning rates, tried with the first seed, and its best epoch is kept,
 both by validation; test is scored with the chosen rate alone. Seconds are those of one run at that rate, from texts to
 classifier; what starts from a calibrated model includes the calibration. Results are appended to a JSON-lines file and
 skipped when already there, so a stopped run goes on. SetFit needs `pip install setfit`.
 
-    python examples/adaptation_table.py --data DATA --model minilm
+With ``--per-class N`` a method gets N texts of each class, drawn by the seed, and nothing to choose by: SPIN holds out
+some of them or makes folds, SetFit takes its own default rate, fine-tuning the rate that all texts chose (which must be
+there already) and 300 steps.
+
+    python examples/adaptation_table.py --data DATA --model minilm --sets sst2 trec edos imdb
     python examples/adaptation_table.py --data DATA --model PATH/TO/SmolLM2-135M
+    python examples/adaptation_table.py --data DATA --per-class 8 32 128 512 --methods SPIN SetFit "full fine-tuning"
     python examples/adaptation_table.py --show
 """
 
@@ -14,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import random
 import statistics
 import sys
 import tempfile
@@ -26,7 +33,7 @@ import common
 import numpy as np
 import peft
 import torch
-from accuracy_table import load, read_results
+from accuracy_table import SETS, load, read_results, score
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -46,18 +53,35 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
+FEW_STEPS = 300  # of fine-tuning on a few texts, at least
+MAX_LENGTH = 512
+BATCH = 32
+SPINS: dict[str, dict[str, Any]] = {
+    "SPIN": {},
+    "SPIN, mean and max": {"poolings": ["mean", "max"]},
+    "SPIN, mean and max, folds": {"poolings": ["mean", "max"], "cv": 5},
+    "SPIN, attention": {"poolings": ["attention"]},
+    "SPIN, mean, max, attention": {"poolings": ["mean", "max", "attention"]},
+}
+
+
 class Setting(NamedTuple):
-    """What a run starts from. ``calibrated`` is the folder of a SPIN classifier that took ``seconds`` to make."""
+    """What a run starts from. ``work`` keeps calibrated classifiers."""
 
     path: str
     tokenizer: Any
+    metric: str
     train: list[dict]
-    validation: list[dict]
-    calibrated: str
-    seconds: float
+    validation: list[dict]  # empty where a method gets a few texts alone
+    work: Path
+    calibrate_on: str
     scratch: str
-    rate: float
-    seed: int
+    rate: float = 0.0
+    seed: int = 0
+
+    @property
+    def classes(self) -> int:
+        return 1 + max(labels(self.train))
 
 
 class Outcome(NamedTuple):
@@ -68,8 +92,8 @@ class Outcome(NamedTuple):
     note: str = ""
 
 
-def accuracy(outcome: Outcome, rows: list[dict]) -> float:
-    return float(np.mean(np.asarray(outcome.predict(texts(rows))) == labels(rows)))
+def scored(outcome: Outcome, rows: list[dict], metric: str) -> float:
+    return score(metric, labels(rows), outcome.predict(texts(rows)))
 
 
 def texts(rows: list[dict]) -> list[str]:
@@ -84,12 +108,32 @@ def trainable(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def calibrated(setting: Setting) -> SpinForSequenceClassification:
-    return SpinForSequenceClassification.from_pretrained(setting.calibrated).to(DEVICE)
+def calibrated(setting: Setting, method: str = "SPIN") -> SpinForSequenceClassification:
+    folder, _ = calibrate(setting, method)
+    return SpinForSequenceClassification.from_pretrained(folder).to(DEVICE)
+
+
+def calibrate(setting: Setting, method: str) -> tuple[Path, float]:
+    """The folder of the calibrated classifier and the seconds that it took, now or in an earlier run."""
+    folder = setting.work / method.replace(", ", "-").replace(" ", "-")
+    record = folder / "seconds.json"
+    if not record.exists():
+        rows = (setting.train, setting.validation or None)
+        options = {"metric": setting.metric, "seed": setting.seed, "progress": False, **SPINS[method]}
+        start = time.perf_counter()
+        model = SpinForSequenceClassification.from_backbone(setting.path).to(setting.calibrate_on)
+        result = spin_calibrate(model, setting.tokenizer, *rows, **options)
+        seconds = time.perf_counter() - start
+        sys.stderr.write(f"{result}\n")
+        model.save_pretrained(folder)
+        record.write_text(json.dumps(seconds), encoding="utf-8")
+    return folder, float(json.loads(record.read_text(encoding="utf-8")))
 
 
 def trained(model: Any, setting: Setting, data: list[Dataset], *, epochs: int, best_epoch: bool = True) -> Any:
     """The model after ``Trainer``, with the settings that all methods share."""
+    if not setting.validation:
+        best_epoch, epochs = False, max(epochs, math.ceil(FEW_STEPS / math.ceil(len(setting.train) / BATCH)))
     choosing: dict[str, Any] = {"save_strategy": "no"}
     if best_epoch:
         choosing = {
@@ -97,14 +141,14 @@ def trained(model: Any, setting: Setting, data: list[Dataset], *, epochs: int, b
             "save_strategy": "epoch",
             "save_total_limit": 1,
             "load_best_model_at_end": True,
-            "metric_for_best_model": "accuracy",
+            "metric_for_best_model": "score",
         }
     arguments = TrainingArguments(
         setting.scratch,
         num_train_epochs=epochs,
         learning_rate=setting.rate,
         seed=setting.seed,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=128,
         warmup_steps=0.06,
         bf16=CUDA,
@@ -118,9 +162,9 @@ def trained(model: Any, setting: Setting, data: list[Dataset], *, epochs: int, b
         model,
         arguments,
         train_dataset=data[0],
-        eval_dataset=data[1],
+        eval_dataset=data[1] if best_epoch else None,
         data_collator=DataCollatorWithPadding(setting.tokenizer) if "input_ids" in data[0].column_names else None,
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        compute_metrics=lambda p: {"score": score(setting.metric, p.label_ids, p.predictions.argmax(-1))},
     )
     trainer.train()
     return model
@@ -128,8 +172,11 @@ def trained(model: Any, setting: Setting, data: list[Dataset], *, epochs: int, b
 
 def tokens(setting: Setting) -> list[Dataset]:
     return [
-        Dataset.from_dict({**setting.tokenizer(texts(rows), truncation=True, max_length=256), "labels": labels(rows)})
+        Dataset.from_dict(
+            {**setting.tokenizer(texts(rows), truncation=True, max_length=MAX_LENGTH), "labels": labels(rows)}
+        )
         for rows in (setting.train, setting.validation)
+        if rows
     ]
 
 
@@ -140,14 +187,14 @@ def answers(model: Any, setting: Setting, given: list[str]) -> np.ndarray:
     found = []
     for start in range(0, len(given), 64):
         batch = setting.tokenizer(
-            given[start : start + 64], truncation=True, max_length=256, padding=True, return_tensors="pt"
+            given[start : start + 64], truncation=True, max_length=MAX_LENGTH, padding=True, return_tensors="pt"
         )
         found.append(model(**batch.to(DEVICE)).logits.argmax(-1).cpu().numpy())
     return np.concatenate(found)
 
 
-def spin(setting: Setting) -> Outcome:
-    return of_spin(calibrated(setting), setting, 0)
+def spin(method: str) -> Callable[[Setting], Outcome]:
+    return lambda setting: of_spin(calibrated(setting, method), setting, 0)
 
 
 def spin_head(setting: Setting) -> Outcome:
@@ -192,7 +239,7 @@ def setfit(setting: Setting) -> Outcome:
 
     model = SetFitModel.from_pretrained(setting.path).to(DEVICE)
     data = Dataset.from_dict({"text": texts(setting.train), "label": labels(setting.train)})
-    steps = 1000  # of 64 pairs: all pairs of 6,920 texts are tens of millions
+    steps = 1000  # of 64 pairs, at most: all pairs of 6,920 texts are tens of millions
     arguments = SetFitArguments(
         setting.scratch,
         batch_size=64,
@@ -219,14 +266,14 @@ def with_lora(model: Any, targets: Any) -> Any:
 
 
 def native(setting: Setting) -> Any:
-    model = AutoModelForSequenceClassification.from_pretrained(setting.path, num_labels=2).to(DEVICE)
+    model = AutoModelForSequenceClassification.from_pretrained(setting.path, num_labels=setting.classes).to(DEVICE)
     model.config.pad_token_id = setting.tokenizer.pad_token_id
     return model
 
 
 LORA_RATES = (1e-4, 3e-4, 1e-3)
 METHODS: dict[str, tuple[Callable[[Setting], Outcome], tuple[float, ...]]] = {
-    "SPIN": (spin, (0.0,)),
+    **{method: (spin(method), (0.0,)) for method in SPINS},
     "SPIN, head trained": (spin_head, (1e-5, 1e-4, 1e-3)),
     "SPIN, gates": (spin_gates, (1e-3, 3e-3)),
     "LoRA, SPIN head": (lora_spin, LORA_RATES),
@@ -236,47 +283,55 @@ METHODS: dict[str, tuple[Callable[[Setting], Outcome], tuple[float, ...]]] = {
 }
 
 
-def calibrate(setting: Setting, *, device: str) -> float:
-    """Makes the calibrated classifier in its folder; seconds, also of an earlier run."""
-    record = Path(setting.calibrated) / "seconds.json"
-    if not record.exists():
-        start = time.perf_counter()
-        model = SpinForSequenceClassification.from_backbone(setting.path).to(device)
-        result = spin_calibrate(model, setting.tokenizer, setting.train, setting.validation, progress=False)
-        seconds = time.perf_counter() - start
-        sys.stderr.write(f"{result}\n")
-        model.save_pretrained(setting.calibrated)
-        record.write_text(json.dumps(seconds), encoding="utf-8")
-    return float(json.loads(record.read_text(encoding="utf-8")))
-
-
-def measure(method: str, setting: Setting, seed: int, done: list[dict[str, Any]], test: list[dict]) -> dict[str, Any]:
-    """One row: with the first seed every rate is tried, with the others the one that was chosen."""
-    make, rates = METHODS[method]
-    if done:
-        rates = (done[0]["rate"],)
+def measure(
+    method: str, setting: Setting, rates: tuple[float, ...], rows: dict[str, list[dict]], device: str
+) -> dict[str, Any]:
+    """One row: of the rates the one with the best score on validation."""
+    make = METHODS[method][0]
+    if "SPIN" in method or "LoRA" in method:
+        _, seconds_before = calibrate(setting, method if method in SPINS else "SPIN")
     tried = []
     for rate in rates:
-        set_seed(seed)
+        set_seed(setting.seed)
         start = time.perf_counter()
-        outcome = make(setting._replace(rate=rate, seed=seed))
+        outcome = make(setting._replace(rate=rate))
         seconds = time.perf_counter() - start
-        tried.append((accuracy(outcome, setting.validation), seconds, rate, outcome))
-        sys.stderr.write(
-            f"{method}, seed {seed}, rate {rate:g}: validation {100 * tried[-1][0]:.2f}, {seconds:.0f} s\n"
-        )
-    score, seconds, rate, outcome = max(tried, key=lambda entry: entry[0])
+        tried.append((scored(outcome, rows["validation"], setting.metric), seconds, rate, outcome))
+        sys.stderr.write(f"{method}, seed {setting.seed}, rate {rate:g}: {100 * tried[-1][0]:.2f}, {seconds:.0f} s\n")
+    value, seconds, rate, outcome = max(tried, key=lambda entry: entry[0])
     return {
         "method": method,
-        "seed": seed,
+        "seed": setting.seed,
         "rate": rate,
-        "validation": round(100 * score, 2),
-        "test": round(100 * accuracy(outcome, test), 2),
-        "seconds": round(seconds + setting.seconds * ("SPIN" in method), 1),
+        "validation": round(100 * value, 2),
+        "test": round(100 * scored(outcome, rows["test"], setting.metric), 2),
+        "seconds": round(seconds + (seconds_before if "SPIN" in method else 0), 1),
         "parameters": outcome.parameters,
         "note": outcome.note,
-        "device": torch.cuda.get_device_name() if CUDA else "CPU",
+        "device": device,
     }
+
+
+def rates_of(method: str, done: list[dict[str, Any]], here: tuple[str, str, int | None]) -> tuple[float, ...]:
+    """Those to try: once a seed has chosen one, that one; on a few texts there is nothing to choose by.
+
+    Raises:
+        SystemExit: if the rate of all texts is wanted and not known yet.
+    """
+    chosen = [row["rate"] for row in done if where(row) == here]
+    rates = METHODS[method][1]
+    if here[2] is None or len(rates) == 1:
+        return (chosen[0],) if chosen else rates
+    if method == "SetFit":
+        return (2e-5,)  # its default
+    whole = [row["rate"] for row in done if where(row) == (*here[:2], None)]
+    if not whole:
+        raise SystemExit(f"{method} on {here[1]}: measure it with all texts first, which chooses the rate.")
+    return (whole[0],)
+
+
+def where(row: dict[str, Any]) -> tuple[str, str, int | None]:
+    return row["model"], row["set"], row["per_class"]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -284,36 +339,88 @@ def run(arguments: argparse.Namespace) -> None:
     path = str(backbone_folder()) if arguments.model == "minilm" else arguments.model
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    train, validation, test = (rows[: arguments.rows] for rows in load(arguments.data, "sst2"))
+    device = torch.cuda.get_device_name() if CUDA else "CPU"
+    runs = [
+        (dataset, per_class, method, seed)
+        for dataset in arguments.sets
+        for per_class in arguments.per_class or [None]
+        for method in arguments.methods or METHODS
+        for seed in (arguments.seeds if per_class or len(METHODS[method][1]) > 1 else arguments.seeds[:1])
+    ]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = str((arguments.work or Path(scratch)) / f"spin-{name}")
-        setting = Setting(path, tokenizer, train, validation, folder, 0.0, scratch, 0.0, 0)
-        setting = setting._replace(seconds=calibrate(setting, device=arguments.calibrate_on))
-        for method in arguments.methods or METHODS:
-            for seed in arguments.seeds if len(METHODS[method][1]) > 1 else arguments.seeds[:1]:
-                rows = [r for r in read_results(arguments.results) if (r["model"], r["method"]) == (name, method)]
-                if seed not in [row["seed"] for row in rows]:
-                    row = {"model": name, **measure(method, setting, seed, rows, test)}
-                    with arguments.results.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+        for dataset, per_class, method, seed in runs:
+            here = (name, dataset, per_class)
+            done = [row for row in read_results(arguments.results) if row["method"] == method]
+            if seed in [row["seed"] for row in done if where(row) == here]:
+                continue
+            rows = numbered(dict(zip(("train", "validation", "test"), load(arguments.data, dataset), strict=True)))
+            rows = {part: own[: arguments.rows] for part, own in rows.items()}
+            few = few_of(rows["train"], per_class, seed) if per_class else None
+            work = (arguments.work or Path(scratch)) / f"{name}-{dataset}" / (f"{per_class}-{seed}" if few else "all")
+            work.mkdir(parents=True, exist_ok=True)
+            setting = Setting(
+                path,
+                tokenizer,
+                SETS[dataset],
+                few or rows["train"],
+                [] if few else rows["validation"],
+                work,
+                arguments.calibrate_on,
+                scratch,
+                seed=seed,
+            )
+            row = measure(method, setting, rates_of(method, done, here), rows, device)
+            with arguments.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"model": name, "set": dataset, "per_class": per_class, **row}) + "\n")
+
+
+def numbered(parts: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The rows with whole numbers for labels."""
+    names = sorted({row["label"] for row in parts["train"]})
+    return {part: [{**row, "label": names.index(row["label"])} for row in rows] for part, rows in parts.items()}
+
+
+def few_of(rows: list[dict], per_class: int, seed: int) -> list[dict]:
+    """So many of each class, or all that a class has, drawn by the seed."""
+    draw = random.Random(seed)
+    found = []
+    for label in sorted(set(labels(rows))):
+        own = [row for row in rows if row["label"] == label]
+        found += draw.sample(own, min(per_class, len(own)))
+    return draw.sample(found, len(found))
 
 
 def show(path: Path) -> str:
-    """The results as a Markdown table: means, and the spread over seeds where there are several."""
-    lines = [
-        "| | | test | validation | seconds | trained parameters | rate | |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    """The results as Markdown tables: means, and the spread over seeds where there are several."""
     rows = read_results(path)
-    for model, method in dict.fromkeys((row["model"], row["method"]) for row in rows):
-        mine = [row for row in rows if (row["model"], row["method"]) == (model, method)]
+    lines = [
+        "| | | | test | validation | seconds | trained parameters | rate | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    whole = [row for row in rows if row["per_class"] is None]
+    for model, dataset, method in dict.fromkeys((row["model"], row["set"], row["method"]) for row in whole):
+        mine = [row for row in whole if (row["model"], row["set"], row["method"]) == (model, dataset, method)]
         test, validation = (spread([row[key] for row in mine]) for key in ("test", "validation"))
         seconds = statistics.mean(row["seconds"] for row in mine)
         rate = f"{mine[0]['rate']:g}" if mine[0]["rate"] else ""
         lines.append(
-            f"| {model} | {method} | {test} | {validation} | {seconds:.0f} | {mine[0]['parameters']:,} | {rate} "
-            f"| {mine[0]['note']} |"
+            f"| {model} | {dataset} | {method} | {test} | {validation} | {seconds:.0f} | {mine[0]['parameters']:,} "
+            f"| {rate} | {mine[0]['note']} |"
         )
+    few = [row for row in rows if row["per_class"] is not None]
+    sizes = sorted({row["per_class"] for row in few})
+    if sizes:
+        lines += [
+            "",
+            "| texts of a class | | | " + " | ".join(map(str, sizes)) + " |",
+            "| --- " * (3 + len(sizes)) + "|",
+        ]
+    for model, dataset, method in dict.fromkeys((row["model"], row["set"], row["method"]) for row in few):
+        cells = []
+        for size in sizes:
+            found = [row["test"] for row in few if (*where(row), row["method"]) == (model, dataset, size, method)]
+            cells.append(spread(found) if found else "")
+        lines.append(f"| {model} | {dataset} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -324,9 +431,11 @@ def spread(values: list[float]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with sst2")
+    parser.add_argument("--data", type=Path, help="folder with the data sets")
     parser.add_argument("--model", default="minilm", help="minilm, or the folder of a model")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["sst2"])
     parser.add_argument("--methods", nargs="+", choices=METHODS)
+    parser.add_argument("--per-class", nargs="+", type=int, help="texts of each class, instead of all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", type=int, help="at most so many of each split, for a trial")
     parser.add_argument("--calibrate-on", default=DEVICE, help="device of the calibration: cpu or cuda")

@@ -118,9 +118,13 @@ def test_adaptation_table(run, tmp_path):
     methods = ("SPIN", "SPIN, head trained", "LoRA, native head")
     options = ("--rows", 40, "--seeds", 0, "--results", tmp_path / "results.jsonl")
     run("adaptation_table.py", *options, "--methods", *methods, data="sst2")
-    table = run("adaptation_table.py", *options, "--show").splitlines()
-    assert [line.split(" | ")[1] for line in table[2:]] == list(methods)
-    assert all(numbers(line.split(" | ")[2]) for line in table[2:])
+    run("adaptation_table.py", *options, "--methods", "SPIN, mean and max, folds", "--per-class", 8, data="sst2")
+    lines = run("adaptation_table.py", *options, "--show").splitlines()
+    table, few = lines[2 : lines.index("")], lines[lines.index("") + 3 :]
+    assert [line.split(" | ")[2] for line in table] == list(methods)
+    assert all(numbers(line.split(" | ")[3]) for line in table)
+    assert [line.split(" | ")[2] for line in few] == ["SPIN, mean and max, folds"]
+    assert numbers(few[0].split(" | ")[3])
 
 
 def test_compile_benchmark():
