@@ -61,7 +61,7 @@ class _SpinEstimator(BaseEstimator):
         *,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         cv: int | None = None,
-        validation_fraction: float = 0.2,
+        validation_fraction: float | None = None,
         metric: str | Callable[[Any, Any], float] | None = None,
         class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
         preset: Literal["default", "paper"] = "default",
@@ -208,8 +208,9 @@ class SpinClassifier(ClassifierMixin, _SpinEstimator):
         backbone: Hub id, folder, or a loaded model without a task head. ``fit`` works on a copy. A model loaded by name
             stays in memory for the next fit, one per process.
         tokenizer: Hub id, folder or loaded tokenizer; the backbone's by default.
-        cv: folds of ``X`` that choose; without it a part is held out.
-        validation_fraction: that part.
+        cv: folds of ``X`` that choose.
+        validation_fraction: the part of ``X`` that is held out to choose by instead; with neither, as in
+            ``spin_calibrate``.
         metric: as in ``spin_calibrate``; a function gets the labels as ``y`` has them.
         class_weight: ``"balanced"``, or weights by the labels of ``y`` (for several at once, by column or its name).
         preset, prefer, kinds, poolings, Cs, etas, max_features, max_depth, max_length, windows, overlap, exits,

@@ -19,7 +19,14 @@ from spin_hf.calibration.errors import CalibrationError
 from spin_hf.calibration.result import CalibrationResult
 
 SHARDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # gloo's reduce-scatter for FSDP
-QUICK = {"progress": False, "Cs": 4, "etas": (0.5, 1.0), "batch_tokens": 64}
+QUICK = {
+    "progress": False,
+    "poolings": ["mean", "max"],
+    "validation_fraction": 0.2,
+    "Cs": 4,
+    "etas": (0.5, 1.0),
+    "batch_tokens": 64,
+}
 WHOLE = {"exits": True, "poolings": ("mean", "attention")}
 
 

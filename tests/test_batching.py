@@ -16,7 +16,14 @@ from spin_hf.calibration.extraction import plan_batches
 from spin_hf.calibration.independence import find_batching
 from spin_hf.pooling import PositionsError, pool
 
-QUICK = {"progress": False, "Cs": 2, "etas": (0.5,), "depths": [2]}
+QUICK = {
+    "progress": False,
+    "poolings": ["mean", "max"],
+    "validation_fraction": 0.2,
+    "Cs": 2,
+    "etas": (0.5,),
+    "depths": [2],
+}
 TEXTS = [[*range(5, 25)], [7, 8, 9, 10], [*range(20, 32)]]
 
 

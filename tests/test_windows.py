@@ -28,7 +28,7 @@ from spin_hf.taps import tap_width
 from spin_hf.training import store_features
 from spin_hf.windows import Windows, plan_windows
 
-QUICK = {"progress": False, "Cs": 3, "etas": (1.0,)}
+QUICK = {"progress": False, "poolings": ["mean", "max"], "validation_fraction": 0.2, "Cs": 3, "etas": (1.0,)}
 LENGTHS = (5, 12, 13, 40, 97)  # of texts; the window below is one of 12
 
 

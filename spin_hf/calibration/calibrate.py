@@ -37,7 +37,7 @@ from .result import CalibrationResult
 from .stages import conclude, probe_all, try_heads
 from .store import required_bytes
 from .task import Metric, Task
-from .token_weights import PARTS, Texts, learn_queries, learning_rows, states_bytes
+from .token_weights import PARTS, Texts, can_weigh, learn_queries, learning_rows, states_bytes
 from .windowing import check_window_options, make_windows
 
 
@@ -51,7 +51,7 @@ def spin_calibrate(
     text_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
     cv: int | None = None,
-    validation_fraction: float = 0.2,
+    validation_fraction: float | None = None,
     metric: str | Metric | None = None,
     class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
     sample_weight: Sequence[float] | None = None,
@@ -94,11 +94,13 @@ def spin_calibrate(
             labels), or a name: a csv, tsv, json, jsonl or parquet file, a folder of them, or ``NAME[/CONFIG][:SPLIT]``
             on the Hub. Of splits (``DatasetDict``) those for training and validation are found by name.
         eval: likewise; decides every choice. Without it the validation split of ``train`` does, or else ``cv`` folds of
-            ``train``, or a part of it held out.
+            ``train``, or a part of it held out. Where none of these is asked for, five folds of fewer than 1,000 rows
+            (as many as the rarest class has rows), or a fifth of more.
         text_column: column of the texts, or two columns for sentence pairs; found by common names otherwise.
         label_column: column of the labels; found by common names otherwise.
         cv: number of folds for cross-validation, without ``eval``; the final probes and head use all rows.
-        validation_fraction: the part of ``train`` that is held out to choose by, without ``eval`` and ``cv``.
+        validation_fraction: the part of ``train`` that is held out to choose by, without ``eval`` and ``cv``, however
+            few the rows are.
         metric: ``accuracy`` (default), ``macro_f1``, ``micro_f1`` (default for multi-label), ``matthews``, ``r2``
             (default for regression), or a function of (labels, predictions).
         class_weight: ``"balanced"`` or a dict of label to weight. For multi-label the weight of a label's presence.
@@ -117,10 +119,11 @@ def spin_calibrate(
         prefer: ``"score"``: the best score, candidates within half a paired standard error of it counting as tied and
             going by their loss; or ``"compact"``: the smallest candidate within one standard error of that one.
         kinds: of ``hidden`` and ``ffn``; both by default.
-        poolings: of ``mean``, ``max``, ``first``, ``last`` and ``attention``; mean and max by default. ``attention``
-            weighs the tokens: it learns one vector for each hidden tap, which the next block's FFN neurons share, from
-            the labels, with the backbone frozen, for the price of one more forward and a few passes over its states;
-            see :mod:`spin_hf.calibration.token_weights`. Not with ``cv``.
+        poolings: of ``mean``, ``max``, ``first``, ``last`` and ``attention``. The default, ``attention``, weighs the
+            tokens: it learns one vector for each hidden tap, which the next block's FFN neurons share, from the labels,
+            with the backbone frozen, for the price of one more forward and a few passes over its states; see
+            :mod:`spin_hf.calibration.token_weights`. Under cross-validation, and for a backbone that works on other
+            positions than its tokens, the default is mean and max.
         Cs: grid of C for the probes, or how many values to try, each twice the last, starting from each probe's own
             smallest useful value (default 10; a path ends when two in a row bring nothing).
         etas: shares of salience to try; none at all (``[]``) leaves the single probes.
@@ -168,8 +171,8 @@ def spin_calibrate(
     if prefer not in ("score", "compact"):
         raise CalibrationError(f"prefer must be 'score' or 'compact'; got {prefer!r}.")
     check_exits(exits, recipe)
-    weighted = ATTENTION in recipe.poolings
-    if weighted and cv is not None:
+    asked = poolings is not None and ATTENTION in recipe.poolings
+    if asked and cv is not None:
         raise CalibrationError(
             "Token weights are learned once, so folds that evaluate would have been learned from. With the pooling "
             "attention give eval, or leave cv out: then a part of train is held out."
@@ -184,7 +187,9 @@ def spin_calibrate(
     blocks = model.spin.depth
     tried_depths = depths_to_try(model, recipe, whole=preset == "paper" and not (depths or max_depth))
     columns = {"text_column": text_column, "label_column": label_column}
-    prepared = prepare(model, train, eval, cv, validation_fraction, seed, **columns)
+    prepared = prepare(model, train, eval, cv, validation_fraction, seed, may_cross=not asked, **columns)
+    if ATTENTION in recipe.poolings and prepared.crossed:
+        recipe = recipe.without_token_weights()
     rows, names, labels, refit = prepared.rows, prepared.names, prepared.labels, prepared.refit
     limit = token_limit(max_length, tokenizer, model)
     cut = make_windows(tokenizer, limit, overlap, pairs=rows.pairs is not None) if windows else None
@@ -201,6 +206,12 @@ def spin_calibrate(
         del prepared, rows  # of a data set that lies in a file, the texts in memory are ours
         last = model.spin.taps[-1]  # also where no candidate may use it: the baseline is what a usual classifier reads
         read = taps if last in taps else [*taps, last]
+        pad = int(tokenizer.pad_token_id)
+        if ATTENTION in recipe.poolings and not asked:
+            one = encoded.samples(1)
+            if not ranks.on_main(lambda: can_weigh(model.spin, read, one, pad)):
+                recipe = recipe.without_token_weights()
+        weighted = ATTENTION in recipe.poolings
         widths = {tap: tap_width(model.spin.backbone, model.spin.layout, tap) for tap in read}
         show.say(
             f"{count:,} texts, {sum(encoded.lengths):,} tokens, {len(taps)} taps, {len(recipe.poolings)} poolings: "
@@ -218,7 +229,7 @@ def spin_calibrate(
             "The processes of this launch don't hold the same backbone, texts, labels and options. Load and shuffle "
             "alike in all of them, with a seed.",
         )
-        pad, learned = int(tokenizer.pad_token_id), ""
+        learned = ""
         if weighted:  # from the labels, by this version of torch on this kind of device
             of_labels = data.fingerprint(choosing=False)
             learned = f"{of_labels} {seed} {torch.__version__} {model_device(model).type}"

@@ -15,6 +15,9 @@ from .data import Rows, encode_labels, label_names, read_rows
 from .errors import CalibrationError, MissingLabelsError, demand_between, demand_whole
 from .sources import training_splits
 
+FEW_ROWS = 1000  # of fewer, folds choose better than a part held out: examples/findings/levers.md
+_FOLDS, _FRACTION = 5, 0.2
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -30,23 +33,34 @@ class Prepared:
     trained: int
     evaluated: str
 
+    @property
+    def crossed(self) -> bool:
+        """Whether there are folds to cross-validate with."""
+        return len(self.folds) > 1
+
 
 def prepare(
     model: SpinForSequenceClassification,
     train: Any,
     eval: Any,
     cv: int | None,
-    validation_fraction: float,
+    validation_fraction: float | None,
     seed: int,
+    *,
+    may_cross: bool = True,
     **columns: Any,
 ) -> Prepared:
     """Read and check all data, and split off what evaluates: ``eval`` or the validation split that ``train`` brings, or
     ``cv`` folds, or a fraction of ``train``.
 
+    Args:
+        may_cross: make folds of a few rows where nothing says what evaluates.
+
     Raises:
         CalibrationError: one of its kinds, for data or labels that don't fit.
     """
-    demand_between("validation_fraction", validation_fraction, 0, 1)
+    if validation_fraction is not None:
+        demand_between("validation_fraction", validation_fraction, 0, 1)
     demand_whole("seed", seed, least=0)
     if cv is not None:
         demand_whole("cv, the number of folds,", cv, least=2)
@@ -57,7 +71,10 @@ def prepare(
     labels = encode_labels(rows, names, problem_type, "train")
     if eval is None:
         classes = labels if problem_type == "single_label_classification" else None
-        folds = _folds(classes, len(rows), cv, validation_fraction, seed)
+        if may_cross and cv is None and validation_fraction is None and len(rows) < FEW_ROWS:
+            cv = min(_FOLDS, _smallest(classes, len(rows)))
+            cv = cv if cv > 1 else None
+        folds = _folds(classes, len(rows), cv, _FRACTION if validation_fraction is None else validation_fraction, seed)
         refit, evaluated = (np.arange(len(rows)), f"{cv}-fold cross-validation") if cv else (folds[0][0], "held out")
         return Prepared(rows, names, labels, folds, refit, len(rows), evaluated)
     if cv is not None:
@@ -70,11 +87,16 @@ def prepare(
     return Prepared(rows + held_out, names, both, ((first, rest),), first, len(rows), "validation")
 
 
+def _smallest(classes: np.ndarray | None, count: int) -> int:
+    """Rows of the rarest class; all where there are no classes."""
+    return count if classes is None else int(min(np.bincount(classes)[np.unique(classes)]))
+
+
 def _folds(
     classes: np.ndarray | None, count: int, cv: int | None, validation_fraction: float, seed: int
 ) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     """Stratified by ``classes`` where there are any."""
-    smallest = count if classes is None else int(min(np.bincount(classes)[np.unique(classes)]))
+    smallest = _smallest(classes, count)
     if cv is not None:
         if cv > smallest:
             raise MissingLabelsError(f"cv={cv} needs at least {cv} rows of each class; the rarest has {smallest}.")

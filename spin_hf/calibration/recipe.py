@@ -21,7 +21,7 @@ class Recipe:
     """What is tried. See :func:`spin_hf.spin_calibrate` for the meaning of each field."""
 
     kinds: tuple[str, ...] = ("hidden", "ffn")
-    poolings: tuple[str, ...] = ("mean", "max")
+    poolings: tuple[str, ...] = (ATTENTION,)
     Cs: int | tuple[float, ...] = 10
     etas: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
     depths: tuple[int, ...] | None = None
@@ -66,6 +66,10 @@ class Recipe:
             raise CalibrationError("The paper's preset has one C for all layers: give Cs as a list of values.")
         ordered = recipe.Cs if isinstance(recipe.Cs, int) else tuple(sorted(recipe.Cs))
         return replace(recipe, etas=tuple(sorted(set(recipe.etas))), Cs=ordered)
+
+    def without_token_weights(self) -> Recipe:
+        """What is tried by default where token weights can't be learned."""
+        return replace(self, poolings=("mean", "max"))
 
     def depths_of(self, blocks: int) -> list[int]:
         """Depths to try in a backbone of so many blocks."""

@@ -79,6 +79,30 @@ def learn_queries(
     return [learned[source(tap)] for tap in taps]
 
 
+@torch.no_grad()
+def can_weigh(model: SpinModel, taps: Sequence[Tap], ids: Sequence[Sequence[int]], pad_token_id: int) -> bool:
+    """Whether each tap has one position for each token, on some texts."""
+    found: list[bool] = []
+
+    class Counting:
+        def __init__(self, mask: Tensor) -> None:
+            self.mask = mask
+
+        def read(self, tap: Tap, values: Tensor) -> None:
+            found.append(values.shape[1] == self.mask.shape[1])
+
+        def finish(self) -> dict[Tap, list[Tensor]]:
+            return {}
+
+    read = list(dict.fromkeys([*map(source, taps), *taps]))
+    model.eval()
+    with model.hooked(read):
+        for row in ids:
+            batch = pad([list(row)], pad_token_id).to(model_device(model))
+            model.read_taps({tap: () for tap in read}, Counting, torch.ones_like(batch), batch, None, windows=None)
+    return all(found)
+
+
 PARTS = 1 + _EPOCHS  # the reading, and about as many passes
 
 

@@ -74,9 +74,9 @@ class SpinTrainerCallback(TrainerCallback):
         if self.every is not None and args.world_size > 1:
             raise ValueError("every= replaces parameters, which several processes don't allow. Leave it out.")
         check_tokenizer(self.tokenizer, model)
-        named = {name: self.options.get(name) for name in ("cv", "text_column", "label_column")}
-        fraction, seed = self.options.get("validation_fraction", 0.2), self.options.get("seed", 0)
-        prepare(model, self.train, self.eval, validation_fraction=fraction, seed=seed, **named)
+        cv, fraction, seed = (self.options.get(name) for name in ("cv", "validation_fraction", "seed"))
+        columns: dict[str, Any] = {name: self.options.get(name) for name in ("text_column", "label_column")}
+        prepare(model, self.train, self.eval, cv, fraction, seed or 0, **columns)
         model.spin.forget_backbone()  # what Trainer saves meanwhile is no reason to warn
 
     def on_epoch_end(

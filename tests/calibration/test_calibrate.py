@@ -17,7 +17,7 @@ from spin_hf.calibration.heads import HeadFitter
 from spin_hf.demo import load_split
 from spin_hf.prediction import evaluate, predict
 
-QUICK = {"progress": False, "Cs": 4, "etas": (0.5, 1.0)}
+QUICK = {"progress": False, "poolings": ["mean", "max"], "validation_fraction": 0.2, "Cs": 4, "etas": (0.5, 1.0)}
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from spin_hf.calibration.losses import Logistic, Multinomial, Squared
 from spin_hf.calibration.solver import solve_path
 from spin_hf.prediction import predict
 
-QUICK = {"progress": False, "Cs": 4, "etas": (0.5, 1.0)}
+QUICK = {"progress": False, "poolings": ["mean", "max"], "validation_fraction": 0.2, "Cs": 4, "etas": (0.5, 1.0)}
 
 
 @pytest.fixture

@@ -337,7 +337,8 @@ def test_pairs_are_found_by_common_names(names):
 def calibrate(make_backbone, tokenizer):
     def run(*data, problem_type=None, **options):
         model = SpinForSequenceClassification.from_backbone(make_backbone("bert"), problem_type=problem_type)
-        options = {"kinds": ["hidden"], "poolings": ["mean"], "Cs": 3, "etas": [1.0], "progress": False, **options}
+        small = {"kinds": ["hidden"], "poolings": ["mean"], "Cs": 3, "etas": [1.0], "validation_fraction": 0.2}
+        options = {**small, "progress": False, **options}
         return model, spin_calibrate(model, tokenizer, *data, **options)
 
     return run

@@ -27,7 +27,14 @@ def make() -> Callable[..., Made]:
         known = {name: options.pop(name) for name in ("problem_type", "labels") if name in options}
         model = SpinForSequenceClassification.from_backbone(builders.make_backbone("bert"), **known)
         tokenizer = builders.make_tokenizer()
-        small = {"poolings": ["mean"], "Cs": 3, "etas": [0.5, 1.0], "progress": False, **options}
+        small = {
+            "poolings": ["mean"],
+            "validation_fraction": 0.2,
+            "Cs": 3,
+            "etas": [0.5, 1.0],
+            "progress": False,
+            **options,
+        }
         return Made(model, tokenizer, spin_calibrate(model, tokenizer, rows, **small))
 
     return calibrate
