@@ -301,8 +301,9 @@ def test_limits_hold_and_compact_is_smaller(wrap, tokenizer, rows):
     assert list(marked["score"]) == sorted((c.score for c in compact.frontier), reverse=True)
     scores = [c.score for c in free.frontier]
     assert scores == sorted(scores)
+    options = {**QUICK, "Cs": [50.0], "kinds": ["hidden"], "max_depth": 1}
     with pytest.raises(CalibrationError, match="max_features"):
-        spin_calibrate(wrap(), tokenizer, train, held_out, **{**QUICK, "max_features": 1, "Cs": [50.0], "kinds": ["hidden"], "max_depth": 1})
+        spin_calibrate(wrap(), tokenizer, train, held_out, max_features=1, **options)
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])

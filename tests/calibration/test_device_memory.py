@@ -11,7 +11,7 @@ from spin_hf.calibration import heads, probes
 from spin_hf.calibration.errors import DeviceMemoryError
 from spin_hf.taps import Tap
 
-QUICK = {"progress": False, "Cs": 4, "etas": (0.5, 1.0), "batch_tokens": 128}
+QUICK = {"progress": False, "Cs": 2, "etas": (0.5, 1.0), "poolings": ["mean"], "batch_tokens": 128}
 FULL = {
     "device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "host": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
