@@ -40,7 +40,7 @@ test-pages: setup
 QUANTIZERS := $(abspath $(VENV))/quantizers
 
 test-quantized: setup $(QUANTIZERS)
-	PYTHONPATH=$(QUANTIZERS) $(BIN)/python $(PYTEST) tests/training/test_quantised.py tests/test_round_trips.py $(ARGS)
+	PYTHONPATH=$(QUANTIZERS) $(BIN)/python $(PYTEST) tests/training/test_quantised.py tests/test_round_trips.py -k quantised $(ARGS)
 
 $(QUANTIZERS): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --upgrade --no-deps -c constraints.txt --target $@ bitsandbytes torchao

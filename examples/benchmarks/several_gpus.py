@@ -13,7 +13,8 @@ both kinds. What is compared of a calibration is all of it: every value of its r
 score, loss, C and neurons, of each probe the score at every C), the config, neurons, shift, scale and head, and the
 logits of unseen texts, of each process. They must be equal to the bit (tolerance 0), since work is shared by whole
 batches, taps and heads. Training is another matter: batches of half the size are summed in another order. Its weights
-may differ by 1e-3 of the way that they went, its losses by 1e-4 of themselves.
+may differ by 1e-3 of the way that they went, beyond what rounding them at each step can make, its losses by 1e-4 of
+themselves.
 
 Give ``--folder`` to keep what runs found, and not to run these again.
 

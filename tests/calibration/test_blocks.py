@@ -11,7 +11,7 @@ from spin_hf import SpinForSequenceClassification, spin_calibrate
 from spin_hf.calibration import blocks
 from spin_hf.calibration.errors import OutputFolderError
 
-QUICK = {"progress": False, "poolings": ["mean", "max"], "validation_fraction": 0.2, "Cs": 4, "etas": (0.5, 1.0)}
+QUICK = {"progress": False, "validation_fraction": 0.2, "Cs": [0.05, 0.2], "etas": (0.5, 1.0), "poolings": ["mean"]}
 
 
 @pytest.fixture

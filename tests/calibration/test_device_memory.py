@@ -13,10 +13,10 @@ from spin_hf.taps import Tap
 
 QUICK = {
     "progress": False,
-    "poolings": ["mean", "max"],
     "validation_fraction": 0.2,
-    "Cs": 4,
+    "Cs": 2,
     "etas": (0.5, 1.0),
+    "poolings": ["mean"],
     "batch_tokens": 128,
 }
 FULL = {
