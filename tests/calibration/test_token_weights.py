@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from builders import GOOD, NEUTRAL, make_backbone, make_sentiment_rows, make_tokenizer, random_query
+from builders import GOOD, NEUTRAL, make_backbone, make_model, make_sentiment_rows, make_tokenizer, random_query
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -27,11 +27,11 @@ from spin_hf.taps import Tap
 FFN, HIDDEN, EMBEDDINGS = Tap("ffn", 1), Tap("hidden", 1), Tap("hidden", 0)
 
 
-def calibrate(rows, *, backbone=None, **options):
+def calibrate(*data, backbone=None, **options):
     model = SpinForSequenceClassification.from_backbone(backbone or make_backbone("bert"))
     tokenizer = make_tokenizer()
     options = {"poolings": ["attention"], "etas": [0.8, 1.0], "Cs": 4, "progress": False, **options}
-    return model, tokenizer, spin_calibrate(model, tokenizer, rows, **options)
+    return model, tokenizer, spin_calibrate(model, tokenizer, *data, **options)
 
 
 def one_word_counts(count, seed=0):
@@ -279,3 +279,37 @@ def test_queries_follow_their_neurons():
     spin.set_features([groups[0]._replace(query=query), *groups[1:]], mean, scale, depth=spin.depth)
     assert torch.equal(spin.feature_groups()[0].query, query)
     assert spin.config.features[0]["query"] == len(query)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "poolings", "evaluated"),
+    [
+        ((60, 40), {}, ("attention",), "validation"),
+        ((60,), {}, ("mean", "max"), "5-fold cross-validation"),
+        ((60,), {"validation_fraction": 0.3}, ("attention",), "held out"),
+        ((60,), {"poolings": ["attention"]}, ("attention",), "held out"),
+        ((60,), {"poolings": ["max"]}, ("max",), "5-fold cross-validation"),
+        ((60, 40), {"preset": "paper", "kinds": ["hidden"], "Cs": [0.1, 1.0], "poolings": ["last"]}, ("last",), None),
+    ],
+)
+def test_what_is_tried_by_default(data, options, poolings, evaluated):
+    quick = {"kinds": ["hidden"], "Cs": 2, "etas": [1.0], "max_depth": 1, "poolings": None}
+    _, _, result = calibrate(*map(make_sentiment_rows, data), **{**quick, **options})
+    assert tuple(result.settings["poolings"]) == poolings
+    assert {kept["pooling"] for kept in result.kept} <= set(poolings)
+    assert evaluated in (None, result.data["evaluated"])
+
+
+def test_a_backbone_with_other_positions_than_tokens_has_mean_and_max():
+    quick = {"kinds": ["hidden"], "Cs": 2, "etas": [1.0], "max_depth": 1, "poolings": None}
+    backbone = make_model("canine")
+    _, _, result = calibrate(make_sentiment_rows(60), make_sentiment_rows(40), backbone=backbone, **quick)
+    assert result.settings["poolings"] == ("mean", "max")
+
+
+def test_few_rows_have_as_many_folds_as_the_rarest_class_has_rows():
+    rows = one_word_counts(30)
+    kept = [row for row, label in enumerate(rows["label"]) if label == 0 or row < 6]
+    rows = {name: [column[row] for row in kept] for name, column in rows.items()}
+    quick = {"kinds": ["hidden"], "Cs": 2, "etas": [1.0], "max_depth": 1, "poolings": None}
+    assert calibrate(rows, **quick)[2].data["evaluated"] == "3-fold cross-validation"
