@@ -9,7 +9,7 @@ from .blocks import summed
 from .jump import within_signs
 from .losses import Loss
 
-_STEPS_PER_SOLVE = 20
+_STEPS_PER_SOLVE = 10
 _AT_ONCE = 256  # rows of a Gram matrix: of as many, half is not made
 
 
@@ -186,8 +186,10 @@ class Grams:
 
 def _largest_eigenvalue(gram: Tensor, rounds: int = 20) -> Tensor:
     v = gram[gram.square().sum(1).argmax()]
-    for _ in range(rounds):
-        v = gram @ (v / v.norm().clamp_min(1e-30))
+    for i in range(rounds):
+        if i % 5 == 0 or i == rounds - 1:  # between, no power can leave float64
+            v = v / v.norm().clamp_min(1e-30)
+        v = gram @ v
     largest: Tensor = 1.05 * v.norm()
     return largest
 
