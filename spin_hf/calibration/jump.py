@@ -18,6 +18,7 @@ _LENGTHS = (0.0, 1.0, 0.5, 0.25, 0.1, 0.03)
 _IN_A_ROW = 3  # jumps, while they are not of the whole length
 _ROUNDS = 15  # of leaving the weights at zero that came there
 _SHARES = (0.0, 0.1, 0.3, 0.6)  # of the weights that would change their sign, to stop at
+_MOST_HELD = 1 / 16  # of the weights, up to which a factor of them all serves for the rest
 _MOST_WEIGHTS = 4096  # that jump together: more of them do so in turn
 _MOST_VALUES = 2**28  # of their features' rows, for which a Hessian is made
 
@@ -133,14 +134,18 @@ def within_signs(hessian: Tensor, down: Tensor, present: Tensor, signs: Tensor) 
         signs: ``(m,)``; 0 where a weight may have any.
     """
     v, free = present, torch.ones_like(present, dtype=torch.bool)
+    part = free.nonzero()[:, 0]
+    factor: Tensor | None = None
     for _ in range(_ROUNDS):
-        part = free.nonzero()[:, 0]
+        held = (~free[part]).nonzero()[:, 0]
+        if factor is None or len(held) > len(part) * _MOST_HELD:
+            part, held = free.nonzero()[:, 0], held[:0]
+            factor, failed = torch.linalg.cholesky_ex(hessian[part[:, None], part])
+            if failed:
+                return v
         slope = down - hessian @ (v - present)
-        factor, failed = torch.linalg.cholesky_ex(hessian[part[:, None], part])
-        if failed:
-            return v
         toward = torch.zeros_like(v)
-        toward[part] = torch.cholesky_solve(slope[part, None], factor)[:, 0]
+        toward[part] = _solve_holding(factor, slope[part], held)
         leaving = free & (signs * (v + toward) <= 0) & (signs != 0)
         if not leaving.any():
             return v + toward
@@ -152,6 +157,18 @@ def within_signs(hessian: Tensor, down: Tensor, present: Tensor, signs: Tensor) 
         v = trials[((moves @ hessian) * moves).sum(1).div(2).sub(moves @ down).argmin()]
         free = (v != 0) | (signs == 0)
     return v
+
+
+def _solve_holding(factor: Tensor, slope: Tensor, held: Tensor) -> Tensor:
+    """The solution ``(m,)`` in the weights that are not held, which stay, by the Cholesky factor ``(m, m)`` of all."""
+    units = torch.zeros(len(slope), len(held), dtype=slope.dtype, device=slope.device)
+    units[held, torch.arange(len(held), device=held.device)] = 1.0
+    solved = torch.cholesky_solve(torch.cat([slope[:, None], units], 1), factor)
+    free, pulls = solved[:, 0], solved[:, 1:]
+    if len(held):
+        free = free - pulls @ torch.linalg.solve(pulls[held], free[held])
+        free[held] = 0.0
+    return free
 
 
 def _hessian(rows: Tensor, outputs: Tensor, loss: Loss, z: Tensor, s: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from .blocks import summed
 from .jump import within_signs
 from .losses import Loss
 
-_STEPS_PER_SOLVE = 20
+_STEPS_PER_SOLVE = 10
+_AT_ONCE = 256  # rows of a Gram matrix: of as many, half is not made
 
 
 class Quadratic:
@@ -81,37 +82,50 @@ class Quadratic:
             self.curvature[:, problems] = curvature[:, problems]
         for k in problems:
             size = self.sizes[k]
-            self.gram[k, :size, :size] = self._rows(xt, k, torch.arange(size, device=xt.device))
+            self.gram[k, :size, :size] = self._rows(xt, k, torch.arange(size, device=xt.device), half=True)
         self._settle(problems, xt.dtype)
 
     def _problems(self, unsettled: Tensor) -> list[int]:
         return [0] if self.joint else unsettled.nonzero()[:, 0].tolist()
 
-    def _rows(self, xt: Tensor, k: int, which: Tensor) -> Tensor:
-        """Rows of a problem's Gram matrix, ``(len(which), size)``."""
+    def _rows(self, xt: Tensor, k: int, which: Tensor, *, half: bool = False) -> Tensor:
+        """Rows of a problem's Gram matrix, ``(len(which), size)``; where ``half``, without the right upper one."""
         made = self._joint_rows if self.joint else self._own_rows
-        return summed(xt.shape[1], lambda texts: made(xt[:, texts], texts, k, which))
+        return summed(xt.shape[1], lambda texts: made(xt[:, texts], texts, k, which, half))
 
-    def _own_rows(self, xt: Tensor, texts: slice, k: int, which: Tensor) -> Tensor:
-        column = self.column[k, : self.sizes[k]]
-        return ((xt[column[which]] * self.curvature[texts, k]) @ xt[column].T).double()
+    def _own_rows(self, xt: Tensor, texts: slice, k: int, which: Tensor, half: bool) -> Tensor:
+        features = xt[self.column[k, : self.sizes[k]]]
+        rows = self.gram.new_zeros(len(which), len(features))
+        step = _AT_ONCE if half else max(1, len(which))
+        for first in range(0, len(which), step):
+            some = slice(first, first + step)
+            end = first + step if half else len(features)
+            rows[some, :end] = (features[which[some]] * self.curvature[texts, k]) @ features[:end].T
+        return rows
 
-    def _joint_rows(self, xt: Tensor, texts: slice, k: int, which: Tensor) -> Tensor:
-        column, output = self.column[k, : self.sizes[k]], self.output[k, : self.sizes[k]]
-        p = self.curvature[texts].T.contiguous()
-        weighted = xt[column] * p[output]
+    def _joint_rows(self, xt: Tensor, texts: slice, k: int, which: Tensor, half: bool) -> Tensor:
+        output = self.output[k, : self.sizes[k]]
+        p, features = self.curvature[texts].T.contiguous(), xt[self.column[k, : self.sizes[k]]]
+        weighted = features * p[output]
         part = weighted[which] * self.row_weights[texts, 0]
-        rows = -(part @ weighted.T).double()
-        for own in range(self.shape[0]):
-            mine, ours = (output == own).nonzero()[:, 0], (output[which] == own).nonzero()[:, 0]
-            rows[ours[:, None], mine] += (part[ours] @ xt[column[mine]].T).double()
+        rows = self.gram.new_zeros(len(which), len(features))
+        ends = torch.stack([output.bincount(minlength=len(p)), output[which].bincount(minlength=len(p))]).cumsum(1)
+        start = first = 0
+        for own, (end, last) in enumerate(ends.T.tolist()):  # the weights of an output lie together
+            if last > first:
+                ours = part[first:last]
+                rows[first:last, :start] = -(ours @ weighted[:start].T)
+                rows[first:last, start:end] = (ours * (1 - p[own])) @ features[start:end].T
+                if not half:
+                    rows[first:last, end:] = -(ours @ weighted[end:].T)
+            start, first = end, last
         return rows
 
     def _settle(self, problems: list[int], dtype: torch.dtype) -> None:
         self.fits[problems] = True
         for k in problems:
             gram = self.gram[k, : self.sizes[k], : self.sizes[k]]
-            gram.copy_((gram + gram.T) / 2)  # rounded to float32, the two halves differ
+            gram.copy_(gram.tril() + gram.tril(-1).T)
             self.bound[k] = _largest_eigenvalue(gram)
             # More than rounding, so that it can be factorised; little beside any curvature that matters.
             gram.diagonal().add_(2.5 * torch.finfo(dtype).eps * self.bound[k])
@@ -172,8 +186,10 @@ class Grams:
 
 def _largest_eigenvalue(gram: Tensor, rounds: int = 20) -> Tensor:
     v = gram[gram.square().sum(1).argmax()]
-    for _ in range(rounds):
-        v = gram @ (v / v.norm().clamp_min(1e-30))
+    for i in range(rounds):
+        if i % 5 == 0 or i == rounds - 1:  # between, no power can leave float64
+            v = v / v.norm().clamp_min(1e-30)
+        v = gram @ v
     largest: Tensor = 1.05 * v.norm()
     return largest
 

@@ -37,6 +37,7 @@ _LEAST_ADDED = 32  # weights of a column that may enter the working set at once;
 _CONTRACTION = 0.5  # a curvature by which a step leaves more of the gap than this no longer serves
 _LARGEST_JOINT = 4096  # weights of coupled columns up to which their whole Hessian is made
 _IN_A_ROW = 12  # steps on one working set; what takes more is ill-conditioned, and float32 is not enough for it
+_ROUGH = 1e-8  # to which residuals sum to zero between steps; a certificate is of exact ones
 _WIDENED = 256  # features turned to float64 at once
 _PATIENCE = 20  # steps without a better gap after which rounding is taken to be the limit
 
@@ -108,14 +109,15 @@ def solve_path(
         yield problem.solve(C, tol, max_steps)
 
 
-def balance(loss: Loss, scores: Tensor, intercept: Tensor, y: Tensor, s: Tensor) -> Tensor:
+def balance(loss: Loss, scores: Tensor, intercept: Tensor, y: Tensor, s: Tensor, *, accuracy: float = 1e-12) -> Tensor:
     """The best intercepts for these scores. Residuals then sum to zero, as dual feasibility demands.
 
     Scores ``(..., n, K)``, intercepts ``(..., K)``, for any number of problems at once. Newton's method on the
-    intercepts alone, halving the step of a column where the loss would rise.
+    intercepts alone, halving the step of a column where the loss would rise, until the residuals' sum is no more than
+    ``accuracy`` times that of the targets, were they all as large as the largest.
     """
     unit = s.sum()
-    enough = 1e-12 * unit * y.abs().max()
+    enough = accuracy * unit * y.abs().max()
 
     def at(intercept: Tensor) -> Tensor:
         return scores + intercept[..., None, :]
@@ -174,8 +176,8 @@ class _Problem:
             self.scores = (self.xt.T @ self.weight.to(self.xt.dtype)).double()
         self.balance()
 
-    def balance(self) -> None:
-        self.intercept = balance(self.loss, self.scores, self.intercept, self.y, self.s)
+    def balance(self, accuracy: float = 1e-12) -> None:
+        self.intercept = balance(self.loss, self.scores, self.intercept, self.y, self.s, accuracy=accuracy)
 
     def residual(self) -> Tensor:
         return self.loss.residual(self.scores + self.intercept, self.y, self.s)
@@ -232,6 +234,7 @@ class _Problem:
             # A set that is not final need not be solved far beyond what is missing outside it.
             most = min(_IN_A_ROW, max_steps - steps)
             taken = self._solve_on(active, penalty, gaps > tol, max(tol / 2, gap / 10), most)
+            self.balance()
             steps += taken
             gradient = self.gradient()
         weight, intercept = self.weight.T.to(self.xt.dtype), self.intercept.to(self.xt.dtype)
@@ -275,7 +278,7 @@ class _Problem:
                 stood = stood and bool((length[unsettled] == 0.0).all())
                 self.intercept = present[:, -1]
                 self.scores = z + length * shift - self.intercept
-                self.balance()
+                self.balance(_ROUGH)
                 present[:, -1] = self.intercept
             self.weight[union] = present[:, :-1].T
             gradient = xt[:-1] @ self.residual().to(xt.dtype) / factors
