@@ -12,7 +12,7 @@ from spin_hf.calibration.losses import Loss
 
 HIDDEN = 32
 DECAYS = (1e-4, 1e-3, 1e-2)  # of the first layer's squared weights, halved, beside the mean loss of a text
-EPOCHS, BATCH, RATE = 30, 128, 2e-3
+EPOCHS, STEPS, BATCH, RATE = 30, 300, 128, 2e-3  # epochs and steps: at least so many
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class Mlp:
         return total
 
 
-def train(
-    x: Tensor, y: Tensor, loss: Loss, fits: Sequence[Tensor], choose: Tensor, seeds: Sequence[int]
-) -> list[Mlp]:
+def train(x: Tensor, y: Tensor, loss: Loss, fits: Sequence[Tensor], choose: Tensor, seeds: Sequence[int]) -> list[Mlp]:
     """One MLP for each of some sets of rows, of the decay and epoch with the least loss on ``choose``.
 
     Args:
@@ -69,11 +67,12 @@ def train(
     optimiser = torch.optim.Adam(parameters, lr=RATE)
     used = torch.cat(list(fits)).unique()
     steps = -(-len(used) // BATCH)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, EPOCHS * steps)
+    epochs = max(EPOCHS, -(-STEPS // steps))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, epochs * steps)
     order = torch.Generator().manual_seed(seeds[0])
     kept = [each.detach().clone() for each in parameters]
     least = torch.full((count,), torch.inf, device=x.device)
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for rows in used[torch.randperm(len(used), generator=order).to(used.device)].chunk(steps):
             own = member[:, rows, None]
             value = loss.value(_scores(x[rows], *parameters), y[rows], own)

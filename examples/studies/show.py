@@ -176,9 +176,7 @@ def memory(rows: Rows) -> tuple[list[str], list[Chart]]:
             if method == "calibration":
                 batch = statistics.mode(row["batch"] for row in found)
                 own = sorted(of(found, batch=batch), key=lambda row: row["texts"])
-                by_texts.append(
-                    Series(method, tuple(r["texts"] for r in own), tuple(r[place] / GB for r in own), i, i)
-                )
+                by_texts.append(Series(method, tuple(r["texts"] for r in own), tuple(r[place] / GB for r in own), i, i))
                 continue
             own = sorted(
                 {row["batch"]: row for row in sorted(found, key=lambda r: -r["texts"])}.values(),
@@ -241,11 +239,16 @@ def linear(rows: Rows) -> tuple[list[str], list[Chart]]:
     for kind in ("hidden", "ffn"):
         series = []
         for i, (model, name) in enumerate(pairs(taps)):
-            own = [row for row in of(taps, model=model, set=name) if (row["tap"].split(".")[0] == "ffn") == (kind == "ffn")]
+            own = [
+                row for row in of(taps, model=model, set=name) if (row["tap"].split(".")[0] == "ffn") == (kind == "ffn")
+            ]
             if not own:
                 continue
             gains, over = [row["gain"] for row in own], [row["gain over l1"] for row in own]
-            clear = sum(row["gain"] > 2 * row["error"] for row in own), sum(row["gain"] < -2 * row["error"] for row in own)
+            clear = (
+                sum(row["gain"] > 2 * row["error"] for row in own),
+                sum(row["gain"] < -2 * row["error"] for row in own),
+            )
             seeds = mean([spread(row["mlp"]) for row in own])
             by_tap.append(
                 [
@@ -255,7 +258,10 @@ def linear(rows: Rows) -> tuple[list[str], list[Chart]]:
                     points(mean(over), mean([row["error over l1"] for row in own]), sign=True),
                     points(seeds),
                     f"{clear[0]} / {clear[1]}",
-                    *(f"{mean([value for r in own if (value := r['overlap'][b]) == value] or [0]):.2f}" for b in between),
+                    *(
+                        f"{mean([value for r in own if (value := r['overlap'][b]) == value] or [0]):.2f}"
+                        for b in between
+                    ),
                 ]
             )
             blocks = [row for row in own if row["tap"].split(".")[0] == kind]
