@@ -376,10 +376,10 @@ def test_findings_are_the_tables_of_their_results():
 
 @pytest.fixture(scope="module")
 def tiny(minilm_path, tmp_path_factory):
-    """A random encoder of two blocks with the tokenizer of MiniLM."""
+    """A random encoder of three blocks with the tokenizer of MiniLM."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = AutoTokenizer.from_pretrained(minilm_path)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -431,13 +431,13 @@ def test_study_of_memory(study, monkeypatch):
 
 def test_study_of_linear_probes(study):
     rows, shown = study("linear_enough", "--rows", 50)
-    assert [row["tap"] for row in rows][0::6] == ["head", "end"]
+    assert [row["tap"] for row in rows][0::8] == ["head", "end"]
     assert all(0 <= share <= 1 for row in rows[1:-1] for share in row["overlap"].values() if share == share)
     assert len(lines_of(shown, "| tiny, sst2")) == 3
 
 
 def test_study_of_architectures(study):
     ((row,), shown) = study("architectures", "--rows", 50)
-    assert row["blocks"] == len(row["parameters"]) == 2
+    assert row["blocks"] == len(row["parameters"]) == 3
     assert row["interval"][0] <= row["test"] <= row["interval"][1]
     assert lines_of(shown, "| sst2 | tiny")

@@ -1,9 +1,10 @@
 """How much the choice of C and eta matters, on validation; test is not read.
 
 Every tap (mean pooling, both kinds, full depth) gets its whole path: C is 2, 4, 8 ... times the tap's own smallest
-useful one. Heads are fitted for every eta with the C that each tap chooses on validation (the default rule), with the same
-multiple of the smallest useful C in all taps, and with the same C in all taps (the nearest of each path). Everything is
-deterministic; differences to the best head under chosen C's come with their paired standard error over texts.
+useful one. Heads are fitted for every eta with the C that each tap chooses on validation (the default rule), with the
+same multiple of the smallest useful C in all taps, and with the same C in all taps (the nearest of each path).
+Everything is deterministic; differences to the best head under chosen C's come with their paired standard error over
+texts.
 
     python examples/studies/sensitivity.py --data DATA --models minilm PATH/TO/SmolLM2-135M --sets sst2 trec edos imdb
 """
