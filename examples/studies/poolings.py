@@ -22,15 +22,17 @@ from spin_hf.pooling import POOLINGS
 from spin_hf.scoring import predict_rows
 
 ALL = "all"
+NAMES = (*POOLINGS, ATTENTION, ALL)
 TASKS = ("sst2", "trec", "edos", "mrpc", "go_emotions")
 # 28 labels are 28 problems to solve.
 FEWER: dict[str, dict[str, Any]] = {"go_emotions": {"kinds": ["ffn"], "Cs": 6, "etas": [0.6, 0.9]}}
 
 
-def runs() -> list[tuple[str, int]]:
-    """Mean first, which the others are compared with."""
-    ordered = sorted(POOLINGS, key=lambda pooling: pooling != "mean")
-    return [(pooling, SEEDS[0]) for pooling in ordered] + [(what, seed) for what in (ATTENTION, ALL) for seed in SEEDS]
+def runs(options: Any) -> list[tuple[str, int]]:
+    """Mean first, which the others are compared with; what is learned with every seed."""
+    drawn = (ATTENTION, ALL)
+    ordered = sorted({"mean", *options.poolings}, key=lambda pooling: (pooling != "mean", NAMES.index(pooling)))
+    return [(pooling, seed) for pooling in ordered for seed in (options.seeds if pooling in drawn else [SEEDS[0]])]
 
 
 def run(options: Any) -> None:
@@ -42,7 +44,7 @@ def run(options: Any) -> None:
             parts = load(options, name)
             train, validation, test = parts
             mean = options.cache / f"{source.name}-{name}-{'-'.join(map(str, sizes(parts)))}-mean.npy"
-            for pooling, seed in runs():
+            for pooling, seed in runs(options):
                 again = pooling == "mean" and not mean.exists()
                 if study.done(model=source.name, set=name, pooling=pooling, seed=seed) and not again:
                     continue
@@ -86,4 +88,6 @@ def run(options: Any) -> None:
 if __name__ == "__main__":
     made = parser(__doc__, sets=TASKS, rows=4000)
     made.add_argument("--cache", type=Path, default=Path("studies-cache"), help="predictions under mean are kept here")
+    made.add_argument("--poolings", nargs="+", choices=NAMES, default=list(NAMES))
+    made.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     run(made.parse_args())
