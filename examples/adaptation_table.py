@@ -78,6 +78,7 @@ class Setting(NamedTuple):
     scratch: str
     rate: float = 0.0
     seed: int = 0
+    batch: int = BATCH
 
     @property
     def classes(self) -> int:
@@ -148,7 +149,7 @@ def trained(model: Any, setting: Setting, data: list[Dataset], *, epochs: int, b
         num_train_epochs=epochs,
         learning_rate=setting.rate,
         seed=setting.seed,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=setting.batch,
         per_device_eval_batch_size=128,
         warmup_steps=0.06,
         bf16=CUDA,

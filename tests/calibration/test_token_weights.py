@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from builders import GOOD, NEUTRAL, make_backbone, make_model, make_sentiment_rows, make_tokenizer, random_query
+from builders import GOOD, NEUTRAL, make_backbone, make_sentiment_rows, make_tokenizer, random_query
+from census.checks import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file

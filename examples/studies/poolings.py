@@ -1,0 +1,93 @@
+"""Which pooling serves which task: each alone, and all of them to choose from, each calibrated and tested.
+
+Mean, max, first and last are deterministic; token weights (``attention``) are learned with a seed, so that they, and
+all poolings together, are calibrated with three. Gains over mean come with their paired standard error over test texts.
+
+    python examples/studies/poolings.py --data DATA --sets sst2 trec edos mrpc go_emotions --cache CACHE
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from shared import METRICS, SEEDS, Source, Study, load, max_length, parser, sizes
+
+from spin_hf import spin_calibrate
+from spin_hf.attention import ATTENTION
+from spin_hf.calibration.resampling import paired_error
+from spin_hf.calibration.task import METRICS as FUNCTIONS
+from spin_hf.pooling import POOLINGS
+from spin_hf.scoring import predict_rows
+
+ALL = "all"
+NAMES = (*POOLINGS, ATTENTION, ALL)
+TASKS = ("sst2", "trec", "edos", "mrpc", "go_emotions")
+# 28 labels are 28 problems to solve.
+FEWER: dict[str, dict[str, Any]] = {"go_emotions": {"kinds": ["ffn"], "Cs": 6, "etas": [0.6, 0.9]}}
+
+
+def runs(options: Any) -> list[tuple[str, int]]:
+    """Mean first, which the others are compared with; what is learned with every seed."""
+    drawn = (ATTENTION, ALL)
+    ordered = sorted({"mean", *options.poolings}, key=lambda pooling: (pooling != "mean", NAMES.index(pooling)))
+    return [(pooling, seed) for pooling in ordered for seed in (options.seeds if pooling in drawn else [SEEDS[0]])]
+
+
+def run(options: Any) -> None:
+    study = Study("poolings", options.results)
+    options.cache.mkdir(parents=True, exist_ok=True)
+    for given in options.models:
+        source = Source.of(given)
+        for name in options.sets:
+            parts = load(options, name)
+            train, validation, test = parts
+            mean = options.cache / f"{source.name}-{name}-{'-'.join(map(str, sizes(parts)))}-mean.npy"
+            for pooling, seed in runs(options):
+                again = pooling == "mean" and not mean.exists()
+                if study.done(model=source.name, set=name, pooling=pooling, seed=seed) and not again:
+                    continue
+                model, tokenizer = source.model(parts, options.device), source.tokenizer()
+                result = spin_calibrate(
+                    model,
+                    tokenizer,
+                    train,
+                    validation,
+                    metric=METRICS[name],
+                    poolings=[*POOLINGS, ATTENTION] if pooling == ALL else [pooling],
+                    max_length=max_length(source, model),
+                    seed=seed,
+                    progress=False,
+                    **FEWER.get(name, {}),
+                )
+                _, labels, prediction = predict_rows(model, tokenizer, test)
+                own, metric = prediction.labels, FUNCTIONS[METRICS[name]][0]
+                if pooling == "mean":
+                    np.save(mean, own)
+                    if study.done(model=source.name, set=name, pooling=pooling, seed=seed):
+                        continue
+                other = np.load(mean)
+                study.add(
+                    model=source.name,
+                    set=name,
+                    pooling=pooling,
+                    seed=seed,
+                    rows=sizes(parts),
+                    metric=METRICS[name],
+                    validation=result.chosen.score,
+                    test=metric(labels, own),
+                    gain=metric(labels, own) - metric(labels, other),
+                    error=paired_error(metric, labels, own, other),
+                    chosen=result.chosen.name,
+                    features=result.chosen.num_features,
+                    seconds=result.seconds["total"],
+                )
+
+
+if __name__ == "__main__":
+    made = parser(__doc__, sets=TASKS, rows=4000)
+    made.add_argument("--cache", type=Path, default=Path("studies-cache"), help="predictions under mean are kept here")
+    made.add_argument("--poolings", nargs="+", choices=NAMES, default=list(NAMES))
+    made.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    run(made.parse_args())
