@@ -1,4 +1,4 @@
-"""Accuracy of six ways to classify with a frozen model, on public data sets: the table in this folder's README.
+"""Accuracy of seven ways to classify with a frozen model, on public data sets: the table in this folder's README.
 
 Every choice (C of the baselines, everything in SPIN) is made on validation; test is scored once per row and method.
 Results are appended to a JSON-lines file and skipped when already there, so a stopped run goes on.
@@ -36,7 +36,7 @@ from spin_hf import SpinForSequenceClassification, spin_calibrate
 from spin_hf.demo import backbone_folder
 from spin_hf.prediction import predict
 
-METHODS = ("tfidf", "last layer", "best probe", "spin paper", "spin", "spin attention")
+METHODS = ("tfidf", "last layer", "best probe", "spin paper", "spin mean max", "spin")
 SETS = {"sst2": "accuracy", "trec": "accuracy", "edos": "macro_f1", "imdb": "accuracy"}
 IMDB_ROWS = 5000
 SEED = common.SEED
@@ -174,9 +174,9 @@ def measure(
         return last_layer(path, texts, labels, metric, device)
     options: dict[str, Any] = {}
     if method == "best probe":
-        options = {"etas": []}
-    elif method == "spin attention":
-        options = {"poolings": ["attention"]}
+        options = {"etas": [], "poolings": ["mean", "max"]}
+    elif method == "spin mean max":
+        options = {"poolings": ["mean", "max"]}
     elif method == "spin paper":
         options = {"preset": "paper", "poolings": arguments.paper_poolings}
     return spin(path, data, metric, device, cache, **options)

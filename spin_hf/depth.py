@@ -94,6 +94,7 @@ def _shorter(backbone: PreTrainedModel, layout: Layout, depth: int) -> str | tup
             config = type(backbone.config).from_dict(values)
             twin = rebuilt(backbone, config, layout.stacks)
             fits = layout.depth(twin) == depth and stack.own_depth(twin) == kept
+            _check_initialisable(twin)
         except Exception as error:  # each config checks its fields in its own way
             problem = problem or f"A config of {kept} blocks is refused: {error}"
             continue
@@ -106,6 +107,22 @@ def _shorter(backbone: PreTrainedModel, layout: Layout, depth: int) -> str | tup
         f"{type(backbone.config).__name__} gives num_hidden_layers={named}, but {total} blocks were found, so a "
         "truncated model could not be rebuilt from its config."
     )
+
+
+def _check_initialisable(twin: PreTrainedModel) -> None:
+    """Loading sets every module up before its weights come, and RWKV's can't be for a single block.
+
+    Raises:
+        ZeroDivisionError: if it is so. What else goes wrong does so for want of memory for the weights.
+    """
+    for module in twin.modules():
+        try:
+            owner = module if isinstance(module, PreTrainedModel) else twin
+            owner._init_weights(module)
+        except ZeroDivisionError:
+            raise
+        except Exception:  # noqa: S112
+            continue
 
 
 def _places(backbone: PreTrainedModel, stack: Layout) -> list[list[str]]:

@@ -174,3 +174,10 @@ def test_a_setting_that_changed_since_a_block_was_made_is_no_reason():
         backbone(**make_batch())  # short texts turn its sparse attention off
     assert backbone.encoder.layer[0].attention_type == "original_full"
     assert why_whole(backbone, find_layout(backbone), 2) is None
+
+
+def test_a_depth_at_which_a_backbone_cannot_be_set_up_again():
+    backbone = make_model("rwkv")
+    layout = find_layout(backbone)
+    assert "division by zero" in why_whole(backbone, layout, 1)
+    assert nearest_depth(backbone, layout, 1) == 2

@@ -345,7 +345,14 @@ def test_faithfulness(run, tmp_path, backbone):
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     rows = [row for row in spin_hf.demo.load_split("train") if row["label"] in ("complaint", "praise")]
     data = [row["text"] for row in rows], [int(row["label"] == "praise") for row in rows]
-    options = {"kinds": ["ffn"], "Cs": 3, "etas": [0.9], "depths": [2, 3], "exits": True}
+    options = {
+        "poolings": ["mean"],
+        "Cs": 3,
+        "etas": [1.0],
+        "depths": [2, 3],
+        "exits": True,
+        "validation_fraction": 0.2,
+    }
     spin_calibrate(model, tokenizer, data, progress=False, **options)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

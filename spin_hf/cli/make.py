@@ -47,7 +47,8 @@ def calibrate(
     train: Annotated[str, typer.Option(help=DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Folder for the classifier.")],
     validation: Annotated[
-        str | None, typer.Option(help="Data that decides; by default the validation split, or a fifth of train.")
+        str | None,
+        typer.Option(help="Data that decides; by default the validation split, folds or a part of train."),
     ] = None,
     test: Annotated[str | None, typer.Option(help="Data that is only reported on, in the same forms.")] = None,
     text_column: TextColumn = None,
