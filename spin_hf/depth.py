@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -115,14 +116,15 @@ def _check_initialisable(twin: PreTrainedModel) -> None:
     Raises:
         ZeroDivisionError: if it is so. What else goes wrong does so for want of memory for the weights.
     """
-    for module in twin.modules():
-        try:
-            owner = module if isinstance(module, PreTrainedModel) else twin
-            owner._init_weights(module)
-        except ZeroDivisionError:
-            raise
-        except Exception:  # noqa: S112
-            continue
+    with torch.random.fork_rng(devices=[]):
+        for module in twin.modules():
+            try:
+                owner = module if isinstance(module, PreTrainedModel) else twin
+                owner._init_weights(module)
+            except ZeroDivisionError:
+                raise
+            except Exception:
+                continue
 
 
 def _places(backbone: PreTrainedModel, stack: Layout) -> list[list[str]]:
