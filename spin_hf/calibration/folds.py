@@ -15,7 +15,7 @@ from .data import Rows, encode_labels, label_names, read_rows
 from .errors import CalibrationError, MissingLabelsError, demand_between, demand_whole
 from .sources import training_splits
 
-FEW_ROWS = 1000  # of fewer, folds choose better than a part held out: examples/findings/levers.md
+FEW_ROWS = 1000  # of fewer, folds choose better than a part held out: examples/README.md, "With a few labels"
 _FOLDS, _FRACTION = 5, 0.2
 
 
