@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shared import METRICS, SEEDS, Source, Study, load, max_length, parser, sizes
+from shared import METRICS, SEEDS, Source, Study, calibrated, load, parser, sizes
 
-from spin_hf import spin_calibrate
 from spin_hf.attention import ATTENTION
 from spin_hf.calibration.resampling import paired_error
 from spin_hf.calibration.task import METRICS as FUNCTIONS
@@ -42,25 +41,15 @@ def run(options: Any) -> None:
         source = Source.of(given)
         for name in options.sets:
             parts = load(options, name)
-            train, validation, test = parts
+            test = parts[2]
             mean = options.cache / f"{source.name}-{name}-{'-'.join(map(str, sizes(parts)))}-mean.npy"
             for pooling, seed in runs(options):
                 again = pooling == "mean" and not mean.exists()
                 if study.done(model=source.name, set=name, pooling=pooling, seed=seed) and not again:
                     continue
-                model, tokenizer = source.model(parts, options.device), source.tokenizer()
-                result = spin_calibrate(
-                    model,
-                    tokenizer,
-                    train,
-                    validation,
-                    metric=METRICS[name],
-                    poolings=[*POOLINGS, ATTENTION] if pooling == ALL else [pooling],
-                    max_length=max_length(source, model),
-                    seed=seed,
-                    progress=False,
-                    **FEWER.get(name, {}),
-                )
+                tried = [*POOLINGS, ATTENTION] if pooling == ALL else [pooling]
+                choices = {"poolings": tried, "seed": seed, **FEWER.get(name, {})}
+                model, tokenizer, result = calibrated(source, parts, METRICS[name], options.device, **choices)
                 _, labels, prediction = predict_rows(model, tokenizer, test)
                 own, metric = prediction.labels, FUNCTIONS[METRICS[name]][0]
                 if pooling == "mean":

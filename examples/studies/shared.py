@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from spin_hf import SpinForSequenceClassification
+from spin_hf import SpinForSequenceClassification, spin_calibrate
 from spin_hf.calibration.extraction import encode, extract, plan_batches, window
 from spin_hf.calibration.folds import prepare
 from spin_hf.calibration.probes import Labelled, Probe, fit_probes, in_groups
@@ -124,6 +124,13 @@ def sizes(parts: Parts) -> list[int]:
 def max_length(source: Source, model: Any) -> int:
     """Tokens per text in all studies, within what the model allows."""
     return min(MAX_LENGTH, window(source.tokenizer(), model) or MAX_LENGTH)
+
+
+def calibrated(source: Source, parts: Any, metric: str, device: str, **options: Any) -> tuple[Any, Any, Any]:
+    """The model that train and validation give, its tokenizer and the calibration's result."""
+    model, tokenizer = source.model(parts, device), source.tokenizer()
+    options = {"max_length": max_length(source, model), "progress": False, **options}
+    return model, tokenizer, spin_calibrate(model, tokenizer, *parts[:2], metric=metric, **options)
 
 
 @dataclass(frozen=True)
