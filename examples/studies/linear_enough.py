@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from mlps import train
-from shared import METRICS, SEEDS, Features, Source, Study, extracted, load, max_length, parser, sizes
+from shared import METRICS, SEEDS, Features, Source, Study, calibrated, extracted, load, parser, sizes
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from spin_hf import spin_calibrate
 from spin_hf.calibration.probes import Labelled, fit_probes, standardise
 from spin_hf.calibration.resampling import paired_error
 from spin_hf.calibration.ridge import solve_ridge
@@ -132,9 +131,7 @@ def tap_rows(trial: Trial, group: list[Any], values: list[Tensor]) -> list[dict[
 
 def head(source: Source, parts: Any, metric: str, device: str) -> dict[str, Any]:
     """A calibrated classifier on test, and MLPs on its features."""
-    model, tokenizer = source.model(parts, device), source.tokenizer()
-    length = max_length(source, model)
-    result = spin_calibrate(model, tokenizer, *parts[:2], metric=metric, max_length=length, progress=False)
+    model, tokenizer, result = calibrated(source, parts, metric, device)
     _, labels, prediction = predict_rows(model, tokenizer, parts[2])
     task = Task.make(model.config.problem_type, prediction.names, metric, "multinomial")
     stored = [store_features(model, tokenizer, part).with_format("numpy") for part in parts]
