@@ -6,8 +6,8 @@ classifier; what starts from a calibrated model includes the calibration. Result
 skipped when already there, so a stopped run goes on. SetFit needs `pip install setfit`.
 
 With ``--per-class N`` a method gets N texts of each class, drawn by the seed, and nothing to choose by: SPIN holds out
-some of them or makes folds, SetFit takes its own default rate, fine-tuning the rate that all texts chose (which must be
-there already) and 300 steps.
+some of them or makes folds, SetFit takes its own default rate and number of steps, fine-tuning the rate that all texts
+chose (which must be there already) and 300 steps.
 
     python examples/adaptation_table.py --data DATA --model minilm --sets sst2 trec edos imdb
     python examples/adaptation_table.py --data DATA --model PATH/TO/SmolLM2-135M
@@ -25,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 FEW_STEPS = 300  # of fine-tuning on a few texts, at least
+MOST_STEPS = 1000  # of SetFit
 MAX_LENGTH = 512
 BATCH = 32
 SPINS: dict[str, dict[str, Any]] = {
@@ -240,10 +242,10 @@ def setfit(setting: Setting) -> Outcome:
 
     model = SetFitModel.from_pretrained(setting.path).to(DEVICE)
     data = Dataset.from_dict({"text": texts(setting.train), "label": labels(setting.train)})
-    steps = 1000  # of 64 pairs, at most: all pairs of 6,920 texts are tens of millions
+    batch, steps = pairs_of(labels(setting.train))
     arguments = SetFitArguments(
         setting.scratch,
-        batch_size=64,
+        batch_size=batch,
         max_steps=steps,
         body_learning_rate=setting.rate,
         seed=setting.seed,
@@ -253,7 +255,18 @@ def setfit(setting: Setting) -> Outcome:
     )
     SetFitTrainer(model, arguments, train_dataset=data).train()
     parameters = sum(parameter.numel() for parameter in model.model_body.parameters())
-    return Outcome(lambda given: np.asarray(model.predict(given)), parameters, f"{steps} steps of 64 pairs")
+    return Outcome(lambda given: np.asarray(model.predict(given)), parameters, f"{steps} steps of {batch} pairs")
+
+
+def pairs_of(labels: list[int]) -> tuple[int, int]:
+    """Batch and steps of SetFit: its defaults, which are one pass over all pairs, 16 in a step. Where that would be
+    more than 1000 steps, 64 in a step and 1000 at most: all pairs of 6,920 texts are tens of millions.
+    """
+    counts = Counter(labels).values()
+    alike = sum(count * (count + 1) // 2 for count in counts)
+    pairs = 2 * max(alike, math.comb(len(labels), 2) - sum(math.comb(count, 2) for count in counts))
+    batch = 16 if pairs <= 16 * MOST_STEPS else 64
+    return batch, min(MOST_STEPS, math.ceil(pairs / batch))
 
 
 def of_spin(model: SpinForSequenceClassification, setting: Setting, parameters: int) -> Outcome:

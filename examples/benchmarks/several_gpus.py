@@ -41,16 +41,17 @@ from shapes import SHAPES
 
 from spin_hf.calibration.store import recorded
 
-# The rest is what a calibration does between its stages, above all to hash the weights; the start is what comes around
-# it: imports, joining the processes, loading the backbone and making the texts.
-STAGES = ("tokenize", "extract", "probe", "heads", "rest", "total")
+# Token weights are learned by one process alone, the others wait, and there are none where folds are made. The rest is
+# what a calibration does between its stages, above all to hash the weights; the start is what comes around it: imports,
+# joining the processes, loading the backbone and making the texts.
+STAGES = ("tokenize", "token weights", "extract", "probe", "heads", "rest", "total")
 SHARED = ("extract", "probe", "heads")
 TOLERANCE = {"weights_differ_by": 1e-3, "losses_differ_by": 1e-4}
 WAYS = {"frozen": "head", "lora": "LoRA", "lora-fsdp": "LoRA, FSDP"}
 
 
 def seconds(out: Path) -> dict[str, float]:
-    found = {**record(out).seconds, "rest": about(out)["rest"]}
+    found = {**dict.fromkeys(STAGES, 0.0), **record(out).seconds, "rest": about(out)["rest"]}
     start = float((out / "done").read_text()) - found["total"]
     return {
         stage: round(value, 2) for stage, value in {**{stage: found[stage] for stage in STAGES}, "start": start}.items()
