@@ -102,7 +102,8 @@ class Bench:
     def name(self, shape: str, texts: int, count: int, *more: str) -> str:
         """Tells a run from those under other options."""
         given = self.arguments
-        words = [shape, given.dtype, f"{texts}x{given.tokens}", f"in{given.batch_tokens}", f"Cs{given.Cs}", str(count)]
+        words = [shape, given.dtype, f"{texts}x{given.tokens}", f"in{given.batch_tokens}", f"Cs{given.Cs}"]
+        words += [*(given.poolings or []), str(count)]
         return "-".join([*words, *more])
 
     def calibrate(self, shape: str, count: int, *, deep: bool, name: str = "", **more: Any) -> Path:
@@ -122,7 +123,7 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)  # with features that would not be read again
         options = {
             **{"backbone": self.backbone(shape), "texts": texts, "tokens": given.tokens, "dtype": given.dtype},
-            **{"batch_tokens": given.batch_tokens, "Cs": given.Cs, **more},
+            **{"batch_tokens": given.batch_tokens, "Cs": given.Cs, "poolings": given.poolings, **more},
             **({"rows": self.deep_rows(shape)} if deep else {}),
         }
         began = time.monotonic()

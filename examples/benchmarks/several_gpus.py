@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of each text")
     parser.add_argument("--batch-tokens", type=int, default=16384)
     parser.add_argument("--Cs", type=int, default=10, help="as of spin_calibrate")
+    parser.add_argument("--poolings", nargs="+", help="as of spin_calibrate")
     parser.add_argument("--steps", type=int, default=5, help="of Trainer, in float32")
     parser.add_argument("--dtype", default="bfloat16" if gpus else "float32")
     parser.add_argument("--limit", type=float, default=7200, help="seconds in all; then what runs is ended")

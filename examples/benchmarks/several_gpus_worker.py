@@ -75,6 +75,7 @@ def calibrate(options: dict[str, Any]) -> None:
             tokenizer,
             rows,
             Cs=options["Cs"],
+            poolings=options["poolings"],
             batch_tokens=options["batch_tokens"],
             cache_dir=out / "cache",
             progress=False,

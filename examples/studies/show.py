@@ -54,7 +54,8 @@ def sensitivity(rows: Rows) -> tuple[list[str], list[Chart]]:
     by_C, by_eta, charts = [], [], []
     lines: dict[str, list[Series]] = {"C": [], "eta": []}
     etas = list(dict.fromkeys(eta for row in rows for eta in row["counts"]))
-    for i, (model, name) in enumerate(pairs(rows)):
+    models, sets = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "set"))
+    for model, name in pairs(rows):
         found = {row["C"]: row for row in of(rows, model=model, set=name)}
         best = {rule: max(row["heads"], key=lambda head: head["score"]) for rule, row in found.items() if row["heads"]}
         if "chosen" not in best:
@@ -76,7 +77,7 @@ def sensitivity(rows: Rows) -> tuple[list[str], list[Chart]]:
                 ),
             ]
         )
-        look = {"colour": i, "style": i // 6 + i % 6}
+        look = {"colour": sets.index(name), "style": models.index(model)}
         steps = [rule for rule in rules if rule.endswith("x") and rule in best]
         gains = [100 * best[rule]["gain"] for rule in steps]
         lines["C"].append(Series(f"{model}, {name}", tuple(float(r[:-1]) for r in steps), tuple(gains), **look))
@@ -318,20 +319,18 @@ def architectures(rows: Rows) -> tuple[list[str], list[Chart]]:
                 " / ".join(f"{row['seconds'][stage]:.0f}" for stage in ("extract", "probe", "heads", "total")),
             ]
         )
-    for i, name in enumerate(sets):
-        own = sorted(of(rows, set=name), key=lambda row: sum(row["parameters"][: row["depth"]]))
-        xs = tuple(sum(row["parameters"][: row["depth"]]) / 1e6 for row in own)
-        ends = [[100 * row["interval"][side] for row in own] for side in (0, 1)]
+    for i, model in enumerate(models):
+        own = sorted(of(rows, model=model), key=lambda row: sets.index(row["set"]))
+        low, high = (tuple(100 * row["interval"][side] for row in own) for side in (0, 1))
         tests = tuple(100 * row["test"] for row in own)
-        series.append(Series(name, xs, tests, i, i, low=tuple(ends[0]), high=tuple(ends[1])))
+        series.append(Series(model, tuple(row["set"] for row in own), tests, i, i, "points", low=low, high=high))
     chart = Chart(
         "studies-architectures",
-        f"Test score against compute kept: {', '.join(models)}",
+        "Test score of each model",
         "Bars are intervals of 95% over texts.",
-        "million parameters of the blocks that run",
-        "test score, points",
+        "data set",
+        "points",
         tuple(series),
-        log_x=True,
     )
     head = ["set", "model", "test", "validation", "features", "blocks", "million parameters in them"]
     return [table([*head, "extract / probe / heads / total, s"], lines)], [chart]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ _MARKERS = ("o", "^", "s", "D", "X", "P")
 _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 3)), (0, (8, 2, 2, 2)))
 _DPI = 200  # of files for papers
 _MOST_TICKS = 24
+_GROUP = 0.6  # of the room of a name, what its points take
 
 
 def save_figures(charts: Iterable[Figure], folder: str | Path) -> list[Path]:
@@ -57,8 +58,12 @@ def draw(chart: Figure) -> Picture:
 
 
 def _draw_chart(picture: Picture, axes: Axes, chart: Chart) -> None:
-    for series in chart.series:
-        _draw_series(axes, series, sideways=chart.sideways)
+    names = _names(chart)
+    for i, series in enumerate(chart.series):
+        aside = _GROUP * ((i + 0.5) / len(chart.series) - 0.5) if names else 0.0
+        _draw_series(axes, series, sideways=chart.sideways, places={name: j + aside for j, name in enumerate(names)})
+    if names:
+        axes.set_xticks(range(len(names)), [_text(name) for name in names])
     for level in chart.levels:
         look: dict[str, Any] = {"color": "black", "linewidth": 1.8}
         if not level.strong:
@@ -87,10 +92,18 @@ def _draw_chart(picture: Picture, axes: Axes, chart: Chart) -> None:
         picture.legend(loc="outside right upper", frameon=False, fontsize=9)
 
 
-def _draw_series(axes: Axes, series: Series, *, sideways: bool) -> None:
+def _names(chart: Chart) -> list[str]:
+    """The names on the x axis of several series of points, which stand beside each other over each name."""
+    if len(chart.series) < 2 or any(series.draw != "points" for series in chart.series):
+        return []
+    return list(dict.fromkeys(x for series in chart.series for x in series.x if isinstance(x, str)))
+
+
+def _draw_series(axes: Axes, series: Series, *, sideways: bool, places: Mapping[str, float]) -> None:
+    """``places``: of names on the x axis, where they have one for this series."""
     colour = PALETTE[series.colour % len(PALETTE)]
     label = _text(series.name)
-    xs: Any = [_text(x) if isinstance(x, str) else x for x in series.x]
+    xs: Any = [places.get(x, _text(x)) if isinstance(x, str) else x for x in series.x]
     ys: Any = [float("nan") if y is None else y for y in series.y]
     if series.draw == "bars":
         (axes.barh if sideways else axes.bar)(xs, ys, color=colour, label=label)
