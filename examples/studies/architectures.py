@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from shared import METRICS, SINGLE, Source, Study, load, max_length, parser, sizes
+from tables import Rows, of, points, table
 
 from spin_hf import spin_calibrate
 from spin_hf.calibration.resampling import bootstrap_interval
 from spin_hf.calibration.task import METRICS as FUNCTIONS
+from spin_hf.explain.charts import Chart, Series
 from spin_hf.scoring import predict_rows
 
 
@@ -65,6 +67,42 @@ def run(options: Any) -> None:
                 seconds=dict(result.seconds),
                 device=torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU",
             )
+
+
+def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
+    """The tables and pictures of these rows."""
+    lines, series = [], []
+    models, sets = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "set"))
+    for row in sorted(rows, key=lambda row: (sets.index(row["set"]), models.index(row["model"]))):
+        low, high = row["interval"]
+        run = sum(row["parameters"][: row["depth"]])
+        lines.append(
+            [
+                row["set"],
+                row["model"],
+                points(row["test"], (high - low) / 2 / 1.96),
+                points(row["validation"]),
+                f"{row['features']:,}",
+                f"{row['depth']} of {row['blocks']}",
+                f"{run / 1e6:.1f} of {sum(row['parameters']) / 1e6:.1f}",
+                " / ".join(f"{row['seconds'][stage]:.0f}" for stage in ("extract", "probe", "heads", "total")),
+            ]
+        )
+    for i, model in enumerate(models):
+        own = sorted(of(rows, model=model), key=lambda row: sets.index(row["set"]))
+        low, high = (tuple(100 * row["interval"][side] for row in own) for side in (0, 1))
+        tests = tuple(100 * row["test"] for row in own)
+        series.append(Series(model, tuple(row["set"] for row in own), tests, i, i, "points", low=low, high=high))
+    chart = Chart(
+        "studies-architectures",
+        "Test score of each model",
+        "Bars are intervals of 95% over texts.",
+        "data set",
+        "points",
+        tuple(series),
+    )
+    head = ["set", "model", "test", "validation", "features", "blocks", "million parameters in them"]
+    return [table([*head, "extract / probe / heads / total, s"], lines)], [chart]
 
 
 if __name__ == "__main__":

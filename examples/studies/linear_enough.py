@@ -21,6 +21,7 @@ import torch
 from mlps import train
 from shared import METRICS, SEEDS, Features, Source, Study, calibrated, extracted, load, parser, sizes
 from sklearn.model_selection import train_test_split
+from tables import Rows, mean, of, pairs, points, spread, table
 from torch import Tensor
 
 from spin_hf.calibration.probes import Labelled, fit_probes, standardise
@@ -28,6 +29,7 @@ from spin_hf.calibration.resampling import paired_error
 from spin_hf.calibration.ridge import solve_ridge
 from spin_hf.calibration.solver import PathPoint
 from spin_hf.calibration.task import Task
+from spin_hf.explain.charts import Chart, Series
 from spin_hf.scoring import predict_rows
 from spin_hf.training import store_features
 
@@ -177,6 +179,72 @@ def run(options: Any) -> None:
                     for row in tap_rows(trial, group, features.read(group)):
                         study.add(**known, **row)
             study.add(**key, tap="end")  # so that a later run need not read the backbone
+
+
+def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
+    """The tables and pictures of these rows."""
+    taps = [row for row in rows if row["tap"] not in ("head", "end")]
+    between = ("L1, L1", "L2, L2", "MLP, MLP", "L1, MLP", "L2, MLP", "MLP, another seed", "chance")
+    by_tap, charts = [], []
+    for kind in ("hidden", "ffn"):
+        series = []
+        for i, (model, name) in enumerate(pairs(taps)):
+            own = [
+                row for row in of(taps, model=model, set=name) if (row["tap"].split(".")[0] == "ffn") == (kind == "ffn")
+            ]
+            if not own:
+                continue
+            gains, over = [row["gain"] for row in own], [row["gain over l1"] for row in own]
+            clear = (
+                sum(row["gain"] > 2 * row["error"] for row in own),
+                sum(row["gain"] < -2 * row["error"] for row in own),
+            )
+            seeds = mean([spread(row["mlp"]) for row in own])
+            by_tap.append(
+                [
+                    f"{model}, {name}, {kind}",
+                    str(len(own)),
+                    points(mean(gains), mean([row["error"] for row in own]), sign=True),
+                    points(mean(over), mean([row["error over l1"] for row in own]), sign=True),
+                    points(seeds),
+                    f"{clear[0]} / {clear[1]}",
+                    *(
+                        f"{mean([value for r in own if (value := r['overlap'][b]) == value] or [0]):.2f}"
+                        for b in between
+                    ),
+                ]
+            )
+            blocks = [row for row in own if row["tap"].split(".")[0] == kind]
+            xs = tuple(int(row["tap"].split(".")[1]) for row in blocks)
+            ys, errors = [100 * row["gain"] for row in blocks], [100 * row["error"] for row in blocks]
+            low, high = (tuple(y + s * e for y, e in zip(ys, errors, strict=True)) for s in (-1, 1))
+            series.append(Series(f"{model}, {name}", xs, tuple(ys), i, i, low=low, high=high))
+        charts.append(
+            Chart(
+                f"studies-mlp-{kind}",
+                f"An MLP's accuracy over a dense linear probe's, {kind} taps",
+                "Bars are paired standard errors over texts.",
+                "block",
+                "points",
+                tuple(series),
+                x_whole=True,
+            )
+        )
+    heads = [
+        [
+            f"{row['model']}, {row['set']}",
+            f"{row['features']:,}",
+            points(row["validation"]["linear"]),
+            points(mean(row["validation"]["mlp"]), spread(row["validation"]["mlp"])),
+            points(row["linear"]),
+            points(mean(row["mlp"]), spread(row["mlp"])),
+            points(mean(row["mlp"]) - row["linear"], row["error"], sign=True),
+        ]
+        for row in of(rows, tap="head")
+    ]
+    head = ["model, set, kind", "taps", "over L2", "over L1", "spread of seeds", "taps beyond two errors, + / -"]
+    own = ["model, set", "features", "validation, linear", "validation, MLP", "test, linear", "test, MLP", "difference"]
+    return [table([*head, *between], by_tap), table(own, heads)], charts
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 from shared import METRICS, SEEDS, Source, Study, calibrated, load, parser, sizes
+from tables import Rows, mean, of, pairs, points, spread, table
 
 from spin_hf.attention import ATTENTION
 from spin_hf.calibration.resampling import paired_error
 from spin_hf.calibration.task import METRICS as FUNCTIONS
+from spin_hf.explain.charts import Chart, Series
 from spin_hf.pooling import POOLINGS
 from spin_hf.scoring import predict_rows
 
@@ -72,6 +74,46 @@ def run(options: Any) -> None:
                     features=result.chosen.num_features,
                     seconds=result.seconds["total"],
                 )
+
+
+def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
+    """The tables and pictures of these rows."""
+    names = list(dict.fromkeys(row["pooling"] for row in rows))
+    lines, series = [], []
+    for i, pooling in enumerate(names):
+        xs, ys, low, high = [], [], [], []
+        for model, task in pairs(rows):
+            if found := of(rows, model=model, set=task, pooling=pooling):
+                gain, error = mean([row["gain"] for row in found]), mean([row["error"] for row in found])
+                xs.append(task if len({m for m, _ in pairs(rows)}) == 1 else f"{model}, {task}")
+                ys.append(100 * gain)
+                low.append(100 * (gain - error))
+                high.append(100 * (gain + error))
+        series.append(Series(pooling, tuple(xs), tuple(ys), i, i, "points", low=tuple(low), high=tuple(high)))
+    for model, task in pairs(rows):
+        cells, by_validation = [], {}
+        for pooling in names:
+            found = of(rows, model=model, set=task, pooling=pooling)
+            if not found:
+                cells.append("")
+                continue
+            tests, gains = [row["test"] for row in found], [row["gain"] for row in found]
+            cell = points(mean(tests), spread(tests) if len(tests) > 1 else None)
+            if pooling != "mean":
+                cell += f" ({points(mean(gains), mean([row['error'] for row in found]), sign=True)})"
+            cells.append(cell)
+            if pooling != "all":
+                by_validation[pooling] = mean([row["validation"] for row in found])
+        lines.append([f"{model}, {task}", *cells, max(by_validation, key=by_validation.__getitem__)])
+    chart = Chart(
+        "studies-poolings",
+        "Test score under each pooling, over mean",
+        "Bars are paired standard errors over texts.",
+        "task",
+        "points over mean pooling",
+        tuple(series),
+    )
+    return [table(["model, task", *names, "best single one on validation"], lines)], [chart]
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 from shared import METRICS, SINGLE, Features, Source, Study, extracted, load, parser, sizes
+from tables import Rows, of, pairs, points, table
 
 from spin_hf.calibration.heads import HeadFitter, HeadSet
 from spin_hf.calibration.probes import Probe
 from spin_hf.calibration.resampling import paired_error
 from spin_hf.calibration.selection import Candidate, Columns
+from spin_hf.explain.charts import Chart, Series
 
 FIXED = (0.01, 0.03, 0.1, 0.3)
 ETAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
@@ -92,6 +94,76 @@ def run(options: Any) -> None:
                         counts=counts,
                         heads=tried,
                     )
+
+
+def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
+    """The tables and pictures of these rows."""
+    rules = list(dict.fromkeys(row["C"] for row in rows))
+    by_C, by_eta, charts = [], [], []
+    lines: dict[str, list[Series]] = {"C": [], "eta": []}
+    etas = list(dict.fromkeys(eta for row in rows for eta in row["counts"]))
+    models, sets = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "set"))
+    for model, name in pairs(rows):
+        found = {row["C"]: row for row in of(rows, model=model, set=name)}
+        best = {rule: max(row["heads"], key=lambda head: head["score"]) for rule, row in found.items() if row["heads"]}
+        if "chosen" not in best:
+            continue
+        cells = [points(best["chosen"]["score"])]
+        cells += [points(best[r]["gain"], best[r]["error"], sign=True) if r in best else "" for r in rules[1:]]
+        low, middle, high = found["chosen"]["smallest_C"]
+        by_C.append([f"{model}, {name}", *cells, f"{low:.2g} to {high:.2g} ({middle:.2g})"])
+        heads = {f"{head['eta']:g}": head for head in found["chosen"]["heads"]}
+        counts = {f"{float(eta):g}": count for eta, count in found["chosen"]["counts"].items()}
+        by_eta.append(
+            [
+                f"{model}, {name}",
+                *(
+                    f"{counts[eta]:,}: {points(heads[eta]['gain'], heads[eta]['error'], sign=True)}"
+                    if eta in heads
+                    else f"{counts.get(eta, 0):,}"
+                    for eta in (f"{float(each):g}" for each in etas)
+                ),
+            ]
+        )
+        look = {"colour": sets.index(name), "style": models.index(model)}
+        steps = [rule for rule in rules if rule.endswith("x") and rule in best]
+        gains = [100 * best[rule]["gain"] for rule in steps]
+        lines["C"].append(Series(f"{model}, {name}", tuple(float(r[:-1]) for r in steps), tuple(gains), **look))
+        own = found["chosen"]["heads"]
+        lines["eta"].append(
+            Series(
+                f"{model}, {name}",
+                tuple(head["features"] for head in own),
+                tuple(100 * head["gain"] for head in own),
+                **look,
+            )
+        )
+    y = "points over the best head of chosen C's"
+    about = "Validation; paired standard errors are in the table."
+    charts.append(
+        Chart(
+            "studies-C",
+            "One multiple of the smallest useful C in all taps",
+            about,
+            "times the smallest useful C",
+            y,
+            tuple(lines["C"]),
+            log_x=True,
+        )
+    )
+    charts.append(
+        Chart(
+            "studies-eta",
+            "Share of salience: features against accuracy",
+            about,
+            "features kept",
+            y,
+            tuple(lines["eta"]),
+            log_x=True,
+        )
+    )
+    head = ["model, set", *rules, "smallest useful C of the taps (median)"]
+    return [table(head, by_C), table(["model, set", *(f"eta {float(eta):g}" for eta in etas)], by_eta)], charts
 
 
 if __name__ == "__main__":
