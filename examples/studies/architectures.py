@@ -93,6 +93,12 @@ def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
         low, high = (tuple(100 * row["interval"][side] for row in own) for side in (0, 1))
         tests = tuple(100 * row["test"] for row in own)
         series.append(Series(model, tuple(row["set"] for row in own), tests, i, i, "points", low=low, high=high))
+    by_depth = []
+    for row in rows:
+        millions = tuple(sum(row["parameters"][: int(depth)]) / 1e6 for depth in row["by_depth"])
+        scores = tuple(100 * score for score in row["by_depth"].values())
+        look = {"colour": sets.index(row["set"]), "style": models.index(row["model"])}
+        by_depth.append(Series(f"{row['set']}, {row['model']}", millions, scores, **look))
     chart = Chart(
         "studies-architectures",
         "Test score of each model",
@@ -101,8 +107,17 @@ def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
         "points",
         tuple(series),
     )
+    deeper = Chart(
+        "studies-depth",
+        "Best classifier of so many blocks, on validation",
+        "The best of all candidates that run no more than these blocks.",
+        "million parameters of the blocks that run",
+        "points",
+        tuple(by_depth),
+        log_x=True,
+    )
     head = ["set", "model", "test", "validation", "features", "blocks", "million parameters in them"]
-    return [table([*head, "extract / probe / heads / total, s"], lines)], [chart]
+    return [table([*head, "extract / probe / heads / total, s"], lines)], [chart, deeper]
 
 
 if __name__ == "__main__":
