@@ -1,6 +1,7 @@
 """Learning the queries of the pooling ``attention``: which tokens of a text count, tap by tap.
 
-The states of the hidden taps are read once and kept in float16, of all texts or of as many as 4 GB hold. Then one
+The states of the hidden taps are read once and kept in float16, of all texts or of as many as 4 GB hold: on a GPU that
+has the room, in files otherwise. Then one
 query for each tap is trained on them with a linear head over all taps, by Adam: with the weights given, the head is
 linear in the states, so a query learns to point at the tokens that carry the label. The head is dropped; probes and
 heads are fitted on what the queries pool. The pass with the least loss on the evaluation rows is kept, as these rows
@@ -58,7 +59,7 @@ def learn_queries(
     """A query for each tap, ``(width of its source,)`` float32 on the CPU; taps of one source have the same.
 
     Args:
-        folder: where the states are kept meanwhile.
+        folder: where the states are kept meanwhile, where the device has no room for them.
         advance: called with the parts done, out of :data:`PARTS`.
 
     Raises:
@@ -107,7 +108,7 @@ PARTS = 1 + _EPOCHS  # the reading, and about as many passes
 
 
 def states_bytes(model: SpinModel, taps: Sequence[Tap], encoded: Encoded) -> int:
-    """What :func:`learn_queries` needs of the disk meanwhile."""
+    """What :func:`learn_queries` needs of the disk, or of a GPU, meanwhile."""
     return min(_MOST_BYTES, 2 * sum(_widths(model, taps).values()) * sum(_lengths(encoded)))
 
 
@@ -158,7 +159,7 @@ class _States:
         starts: where each text's tokens begin, and where the last one's end.
     """
 
-    values: Mapping[Tap, np.ndarray]
+    values: Mapping[Tap, Tensor]
     rows: np.ndarray
     trained: int
     starts: np.ndarray
@@ -171,30 +172,10 @@ class _States:
         lengths = _lengths(texts.encoded)
         rows = np.concatenate(parts)
         starts = np.concatenate([[0], np.cumsum([lengths[row] for row in rows])])
-        own = folder / "states"
-        try:
-            try:
-                shutil.rmtree(own, ignore_errors=True)  # of a run that was killed
-                own.mkdir()
-                needed, free = 2 * int(starts[-1]) * sum(widths.values()), shutil.disk_usage(own).free
-                if free < needed:
-                    raise OSError(f"{free / 1e9:.1f} GB are free, the states of the tokens need {needed / 1e9:.1f} GB")
-                values = {
-                    tap: np.lib.format.open_memmap(
-                        own / f"{tap}.npy", mode="w+", dtype=np.float16, shape=(int(starts[-1]), width)
-                    )
-                    for tap, width in widths.items()
-                }
-            except OSError as error:
-                raise OutputFolderError(
-                    f'{own} can\'t be written: {error}. Name another folder as cache_dir="...", or leave the pooling '
-                    "attention out."
-                ) from error
+        with _room(widths, int(starts[-1]), model_device(model), folder / "states") as values:
             found = cls(values, rows, len(parts[0]), starts)
             found._read(model, texts, lengths)
             yield found
-        finally:
-            shutil.rmtree(own, ignore_errors=True)
 
     @torch.no_grad()
     def _read(self, model: SpinModel, texts: Texts, lengths: Sequence[int]) -> None:
@@ -233,16 +214,66 @@ class _States:
                 begin = place
         return [*found, slice(begin, last)]
 
-    def load(self, tap: Tap, own: slice, mask: Tensor) -> Tensor:
-        """States of some texts ``(texts, tokens, width)``, float32, given their mask."""
-        tokens = torch.from_numpy(self.values[tap][self.starts[own.start] : self.starts[own.stop]])
-        found = torch.zeros(*mask.shape, tokens.shape[1], device=mask.device)
-        found[mask] = tokens.to(mask.device).float()
-        return found
+    def load(self, tap: Tap, own: slice, step: _Step) -> Tensor:
+        """States of some texts ``(texts, tokens, width)``, float32, zeros behind a text's end."""
+        tokens = self.values[tap][self.starts[own.start] : self.starts[own.stop]].to(step.mask.device).float()
+        found = tokens.new_zeros(step.mask.numel(), tokens.shape[1])
+        return found.index_copy_(0, step.places, tokens).view(*step.mask.shape, -1)
 
-    def mask(self, own: slice, device: torch.device) -> Tensor:
-        lengths = torch.from_numpy(np.diff(self.starts[own.start : own.stop + 1])).to(device)
-        return torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+    def step(self, own: slice, device: torch.device) -> _Step:
+        return _Step.of(np.diff(self.starts[own.start : own.stop + 1]), device)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Some texts beside each other, padded.
+
+    Attributes:
+        mask: ``(texts, tokens)``, of the real tokens.
+        places: of the real tokens, text by text, among all.
+    """
+
+    mask: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, device: torch.device) -> _Step:
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        return cls(torch.from_numpy(mask).to(device), torch.from_numpy(np.flatnonzero(mask)).to(device))
+
+
+@contextmanager
+def _room(widths: Mapping[Tap, int], tokens: int, device: torch.device, folder: Path) -> Iterator[Mapping[Tap, Tensor]]:
+    """Room for the states: a GPU's memory where half of what is free holds them, files in the folder otherwise."""
+    needed = 2 * tokens * sum(widths.values())
+    if _fits(needed, device):
+        yield {tap: torch.empty(tokens, width, dtype=torch.float16, device=device) for tap, width in widths.items()}
+        return
+    try:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            folder.mkdir()
+            free = shutil.disk_usage(folder).free
+            if free < needed:
+                raise OSError(f"{free / 1e9:.1f} GB are free, the states of the tokens need {needed / 1e9:.1f} GB")
+            files = {
+                tap: np.lib.format.open_memmap(
+                    folder / f"{tap}.npy", mode="w+", dtype=np.float16, shape=(tokens, width)
+                )
+                for tap, width in widths.items()
+            }
+        except OSError as error:
+            raise OutputFolderError(
+                f'{folder} can\'t be written: {error}. Name another folder as cache_dir="...", or leave the pooling '
+                "attention out."
+            ) from error
+        yield {tap: torch.from_numpy(file) for tap, file in files.items()}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fits(needed: int, device: torch.device) -> bool:
+    return device.type == "cuda" and 2 * needed <= torch.cuda.mem_get_info(device)[0]
 
 
 class _Writing:
@@ -250,23 +281,35 @@ class _Writing:
 
     def __init__(self, states: _States, places: Sequence[int]) -> None:
         self._states, self._places = states, places
+        starts = states.starts
+        self._step = _Step.of(np.asarray([starts[place + 1] - starts[place] for place in places]), torch.device("cpu"))
+        self._targets = torch.from_numpy(np.concatenate([np.arange(starts[p], starts[p + 1]) for p in places]))
+        self._wrong: list[tuple[Tap, Tensor]] = []  # whether each text has a state that is not finite
 
     def read(self, tap: Tap, values: Tensor) -> None:
-        starts = self._states.starts
-        found = values.float().cpu()
-        half = found.clamp(-_FLOAT16, _FLOAT16).half().numpy()
-        for place, own, exact in zip(self._places, half, found, strict=True):
-            length = starts[place + 1] - starts[place]
-            if not bool(exact[:length].isfinite().all()):
-                raise not_finite(tap, f"text {self._states.rows[place]}")
-            if len(own) < length:
-                raise PositionsError(
-                    f"Tap {tap} has {len(own)} positions for {length} tokens, so that tokens can't be weighted. Leave "
-                    "the pooling attention out."
-                )
-            self._states.values[tap][starts[place] : starts[place + 1]] = own[:length]
+        mask = self._step.mask
+        if values.shape[1] < mask.shape[1]:
+            raise PositionsError(
+                f"Tap {tap} has {values.shape[1]} positions for {mask.shape[1]} tokens, so that tokens can't be "
+                "weighted. Leave the pooling attention out."
+            )
+        values = values[:, : mask.shape[1]]
+        finite = values.isfinite().all(-1) | ~mask.to(values.device)
+        self._wrong.append((tap, ~finite.all(1)))
+        tokens = values.reshape(-1, values.shape[2])[self._step.places.to(values.device)]
+        half = tokens.float().clamp(-_FLOAT16, _FLOAT16).half()
+        kept = self._states.values[tap]
+        kept.index_copy_(0, self._targets.to(kept.device), half.to(kept.device))
 
     def finish(self) -> dict[Tap, list[Tensor]]:
+        """Nothing is pooled.
+
+        Raises:
+            NonFiniteFeaturesError: naming a tap and a text.
+        """
+        for tap, wrong in self._wrong:
+            if bool(wrong.any()):
+                raise not_finite(tap, f"text {self._states.rows[self._places[int(wrong.nonzero()[0])]]}")
         return {}
 
 
@@ -277,10 +320,7 @@ class _Weighted(nn.Module):
         super().__init__()
         self.taps = list(states.values)
         # Of every few tokens: shift and scale need no more, and reading all takes as long as an epoch.
-        some = [
-            torch.from_numpy(values[:: 1 + len(values) // 100_000].astype(np.float32))
-            for values in states.values.values()
-        ]
+        some = [values[:: 1 + len(values) // 100_000].float() for values in states.values.values()]
         self.mean = [x.mean(0) for x in some]
         self.scale = [x.std(0, correction=0).clamp_min(1e-6) for x in some]
         self.size = sum(x.shape[1] for x in some) ** 0.5
@@ -297,14 +337,14 @@ class _Weighted(nn.Module):
 
     def forward(self, states: _States, own: slice) -> Tensor:
         """Scores ``(texts, columns)``."""
-        mask = states.mask(own, self.bias.device)
+        step = states.step(own, self.bias.device)
         total: Tensor = self.bias
         for tap, scorer, weight, mean, scale in zip(
             self.taps, self.scorers(), self.weight, self.mean, self.scale, strict=True
         ):
             both = torch.cat([scorer[:, None], weight / (scale[:, None].to(weight.device) * self.size)], 1)
-            found = states.load(tap, own, mask) @ both - mean.to(both.device) @ both
-            attention = found[..., 0].masked_fill(~mask, -torch.inf).softmax(1)
+            found = states.load(tap, own, step) @ both - mean.to(both.device) @ both
+            attention = found[..., 0].masked_fill(~step.mask, -torch.inf).softmax(1)
             total = total + (attention[:, None] @ found[..., 1:])[:, 0]
         return total
 

@@ -217,6 +217,16 @@ def test_damaged_weights_are_noticed_before_anything_is_learned(monkeypatch, tmp
     assert not list(tmp_path.glob("*/states"))
 
 
+def test_states_in_the_devices_memory_give_the_same(monkeypatch, tmp_path):
+    from spin_hf.calibration import token_weights
+
+    _, _, in_files = calibrate(one_word_counts(60), one_word_counts(30, 1), seed=0)
+    monkeypatch.setattr(token_weights, "_fits", lambda needed, device: True)
+    monkeypatch.setattr(token_weights.np.lib.format, "open_memmap", None)
+    _, _, in_memory = calibrate(one_word_counts(60), one_word_counts(30, 1), seed=0)
+    assert not in_memory.differences(in_files)
+
+
 def test_out_of_memory_while_learning(monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
