@@ -181,7 +181,7 @@ def test_inference_benchmark_writes_its_section(tmp_path):
 def several_gpus(tmp_path_factory):
     """The rows of each part of ``several_gpus.py``, from one and two processes on the CPU, and what it recorded."""
     folder, preset = tmp_path_factory.mktemp("several"), {"etas": (0.6,), "depths": (4,)}
-    options = ("--shape", "tiny", "--processes", 1, 2, "--texts", 40, "--few", 60, "--tokens", 16, "--Cs", 2)
+    options = ("--shape", "tiny", "--processes", 1, 2, "--texts", 40, "--few", 40, "--tokens", 16, "--Cs", 2)
     options += ("--steps", 2, "--batch-tokens", 64, "--folder", folder / "kept", "--record", folder / "found.md")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES / "benchmarks"))
@@ -209,7 +209,7 @@ def test_several_gpus_make_what_one_makes(several_gpus):
     assert rows["split"][0]["weights_gb"].startswith("cpu ")
     assert ", disk " in rows["split"][1]["weights_gb"]
     for found in (*rows["scaling"], *rows["split"], *rows["killed"]):
-        assert found["candidates"] > found["probes"] > 10
+        assert found["candidates"] >= found["probes"] >= 10
         assert found["deepest_block"] == 4
         assert found["unequal_values"] == 0
         assert found["logits_differ_by"] == 0 < found["largest_logit"]

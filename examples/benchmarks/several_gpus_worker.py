@@ -76,6 +76,7 @@ def calibrate(options: dict[str, Any]) -> None:
             rows,
             Cs=options["Cs"],
             poolings=options["poolings"],
+            validation_fraction=0.2,
             batch_tokens=options["batch_tokens"],
             cache_dir=out / "cache",
             progress=False,
