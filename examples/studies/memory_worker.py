@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = Path(__file__).parents[1]
-sys.path += [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
 
 CALIBRATION = "calibration"
 METHODS = (CALIBRATION, "head on the last block", "LoRA", "full fine-tuning")
@@ -33,6 +32,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
     The device's are those of tensors, weights among them; ``None`` on a CPU, where the host has them all.
     """
+    sys.path += [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
     import common
     import torch
     from adaptation_table import DEVICE, Setting, native, tokens, trained, with_lora
