@@ -220,7 +220,7 @@ def spin_calibrate(
         )
         if weighted:
             needed = states_bytes(model.spin, read, encoded) / 1e6
-            show.say(f"{needed:,.0f} MB more of disk while token weights are learned.")
+            show.say(f"{needed:,.0f} MB more of disk, or of a GPU, while token weights are learned.")
         key = ""
         if cache_dir is not None or ranks.count > 1:
             key = fingerprint(model.spin, encoded, read, recipe.poolings, batch_tokens)

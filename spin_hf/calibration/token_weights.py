@@ -1,11 +1,10 @@
 """Learning the queries of the pooling ``attention``: which tokens of a text count, tap by tap.
 
 The states of the hidden taps are read once and kept in float16, of all texts or of as many as 4 GB hold: on a GPU that
-has the room, in files otherwise. Then one
-query for each tap is trained on them with a linear head over all taps, by Adam: with the weights given, the head is
-linear in the states, so a query learns to point at the tokens that carry the label. The head is dropped; probes and
-heads are fitted on what the queries pool. The pass with the least loss on the evaluation rows is kept, as these rows
-choose everything else too.
+has the room, in files otherwise. Then one query for each tap is trained on them with a linear head over all taps, by
+Adam: with the weights given, the head is linear in the states, so a query learns to point at the tokens that carry the
+label. The head is dropped; probes and heads are fitted on what the queries pool. The pass with the least loss on the
+evaluation rows is kept, as these rows choose everything else too.
 
 The states are standardised in all this, but their shift and scale fold into the query, since a softmax does not feel
 what all tokens share: what is left is one vector of the tap's width.
@@ -246,12 +245,12 @@ class _Step:
 def _room(widths: Mapping[Tap, int], tokens: int, device: torch.device, folder: Path) -> Iterator[Mapping[Tap, Tensor]]:
     """Room for the states: a GPU's memory where half of what is free holds them, files in the folder otherwise."""
     needed = 2 * tokens * sum(widths.values())
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     if _fits(needed, device):
         yield {tap: torch.empty(tokens, width, dtype=torch.float16, device=device) for tap, width in widths.items()}
         return
     try:
         try:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
             folder.mkdir()
             free = shutil.disk_usage(folder).free
             if free < needed:
