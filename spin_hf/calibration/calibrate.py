@@ -37,7 +37,8 @@ from .result import CalibrationResult
 from .stages import conclude, probe_all, try_heads
 from .store import required_bytes
 from .task import Metric, Task
-from .token_weights import PARTS, Texts, can_weigh, learn_queries, learning_rows, states_bytes
+from .token_states import Texts, learning_rows, most_bytes, states_bytes, states_place
+from .token_weights import PARTS, can_weigh, learn_queries
 from .windowing import check_window_options, make_windows
 
 
@@ -220,7 +221,8 @@ def spin_calibrate(
         )
         if weighted:
             needed = states_bytes(model.spin, read, encoded) / 1e6
-            show.say(f"{needed:,.0f} MB more of disk, or of a GPU, while token weights are learned.")
+            place = states_place(model.spin, read, encoded)
+            show.say(f"{needed:,.0f} MB more of {place} while token weights are learned.")
         key = ""
         if cache_dir is not None or ranks.count > 1:
             key = fingerprint(model.spin, encoded, read, recipe.poolings, batch_tokens)
@@ -232,7 +234,8 @@ def spin_calibrate(
         learned = ""
         if weighted:  # from the labels, by this version of torch on this kind of device
             of_labels = data.fingerprint(choosing=False)
-            learned = f"{of_labels} {seed} {torch.__version__} {model_device(model).type}"
+            device = model_device(model)
+            learned = f"{of_labels} {seed} {torch.__version__} {device.type} {most_bytes(device)}"
         with clock("extract"):
             known = known_batching(cache_dir, key, learned) if ranks.main else None
             find = partial(find_batching, model.spin, read, encoded.samples(6), pad)

@@ -1,6 +1,7 @@
 """Token weights: what they are at run time, and that calibration finds the tokens that carry the label."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from spin_hf import CheckpointError, SpinConfig, SpinForSequenceClassification, SpinModel, spin_calibrate
 from spin_hf.attention import TokenWeights, join, source
-from spin_hf.calibration import token_weights
+from spin_hf.calibration import token_states, token_weights
 from spin_hf.calibration.errors import (
     CalibrationError,
     DeviceMemoryError,
@@ -188,7 +189,7 @@ def test_other_problems(problem):
 def test_few_of_the_texts_when_there_is_no_room_for_more(monkeypatch, capsys):
     _, _, whole = calibrate(make_sentiment_rows(80))
     assert whole.data["token_weights_rows"] == [64, 16]
-    monkeypatch.setattr(token_weights, "_MOST_BYTES", 60_000)
+    monkeypatch.setattr(token_states, "_MOST_BYTES", 60_000)
     _, _, result = calibrate(make_sentiment_rows(80), progress=True)
     trained, chosen = result.data["token_weights_rows"]
     assert 0 < trained < 64
@@ -198,7 +199,7 @@ def test_few_of_the_texts_when_there_is_no_room_for_more(monkeypatch, capsys):
 
 def test_a_rare_class_is_among_the_few():
     labels = np.array([0] * 97 + [1, 2, 2])
-    rows = token_weights._by_class(np.random.default_rng(0).permutation(100), labels)
+    rows = token_states._by_class(np.random.default_rng(0).permutation(100), labels)
     assert sorted(rows) == list(range(100))
     assert set(labels[rows[:3]]) == {0, 1, 2}
 
@@ -218,13 +219,44 @@ def test_damaged_weights_are_noticed_before_anything_is_learned(monkeypatch, tmp
 
 
 def test_states_in_the_devices_memory_give_the_same(monkeypatch, tmp_path):
-    from spin_hf.calibration import token_weights
-
     _, _, in_files = calibrate(one_word_counts(60), one_word_counts(30, 1), seed=0)
-    monkeypatch.setattr(token_weights, "_fits", lambda needed, device: True)
-    monkeypatch.setattr(token_weights.np.lib.format, "open_memmap", None)
+    monkeypatch.setattr(token_states, "_fits", lambda *size: True)
+    monkeypatch.setattr(token_states.np.lib.format, "open_memmap", None)
     _, _, in_memory = calibrate(one_word_counts(60), one_word_counts(30, 1), seed=0)
     assert not in_memory.differences(in_files)
+
+
+def test_memory_that_others_took_meanwhile_is_not_needed(monkeypatch):
+    rows = one_word_counts(60), one_word_counts(30, 1)
+    _, _, expected = calibrate(*rows, seed=0)
+    empty = torch.empty
+
+    def full(*size, **options):
+        if options.get("dtype") == torch.float16:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        return empty(*size, **options)
+
+    monkeypatch.setattr(token_states, "_fits", lambda *size: True)
+    monkeypatch.setattr(token_states.torch, "empty", full)
+    _, _, result = calibrate(*rows, seed=0)
+    assert not result.differences(expected)
+
+
+def test_a_large_gpu_holds_more_texts_and_a_full_one_none(monkeypatch):
+    gpu, gib = torch.device("cuda"), 2**30
+    total, free = 16 * gib, 8 * gib
+    monkeypatch.setattr(
+        token_states.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total)
+    )
+    monkeypatch.setattr(token_states.torch.cuda, "mem_get_info", lambda device: (free, total))
+    small = token_states.most_bytes(gpu)
+    assert small == token_states.most_bytes(torch.device("cpu")) == 4 * gib
+    widths = {HIDDEN: 1024}
+    assert not token_states._fits(small, widths, gpu)  # nothing would be left to learn in
+    free = 10 * gib
+    assert token_states._fits(small, widths, gpu)
+    total = 80 * gib
+    assert token_states.most_bytes(gpu) == 20 * gib
 
 
 def test_out_of_memory_while_learning(monkeypatch):
@@ -232,7 +264,7 @@ def test_out_of_memory_while_learning(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(token_weights, "_train", full)
-    with pytest.raises(DeviceMemoryError, match="max_length"):
+    with pytest.raises(DeviceMemoryError, match=r"from 60 texts of up to \d+ tokens does not fit the memory of cpu"):
         calibrate(make_sentiment_rows(60))
 
 
@@ -270,8 +302,8 @@ def test_configs_that_do_not_fit():
 
 
 def test_no_room_on_the_disk(monkeypatch, tmp_path):
-    used = token_weights.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(token_weights.shutil, "disk_usage", lambda path: used._replace(free=10))
+    used = token_states.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(token_states.shutil, "disk_usage", lambda path: used._replace(free=10))
     with pytest.raises(OutputFolderError, match="states of the tokens need|the features need"):
         calibrate(make_sentiment_rows(60), cache_dir=tmp_path)
 
