@@ -3,7 +3,7 @@
 Per tap (mean pooling): a fifth of train chooses (C; decay and epoch), validation scores. An L1 probe as in SPIN, a
 dense L2 probe, and an MLP of 32 hidden units with three seeds. Which neurons are salient is asked on two halves of the
 training texts: the overlap of the most salient ones between linear probes of the two halves, between MLPs of the two
-halves, and between a linear probe of one half and an MLP of the other. By chance it is k / width.
+halves, and between a linear probe and an MLP, of the same half or not. By chance it is k / width.
 
 At the end: a calibrated classifier, and MLPs in place of its linear head, on the same kept neurons. They are chosen on
 validation, and test is scored once.
@@ -38,9 +38,8 @@ VARIANCES = (0.1, 0.4, 1.6, 6.4, 25.6)  # of a logit, as for the heads of a cali
 SETS = ("sst2", "trec", "edos", "mrpc")
 
 
-def overlap(one: Tensor, another: Tensor) -> float:
-    """Share of the most salient neurons that two saliences have in common."""
-    k = min(MOST_SALIENT, *(int((each > 0).sum()) for each in (one, another)))
+def overlap(one: Tensor, another: Tensor, k: int) -> float:
+    """Share of the ``k`` most salient neurons that two saliences have in common."""
     if not k:
         return float("nan")
     first, second = (set(each.topk(k).indices.tolist()) for each in (one, another))
@@ -109,12 +108,16 @@ def tap_rows(trial: Trial, group: list[Any], values: list[Tensor]) -> list[dict[
             "L2": [point.weight.square().sum(0) for point in linear],
             "MLP": [mlp.salience(x[rows]) for mlp, rows in zip(mlps[-3:], trial.fits, strict=True)],
         }
+        k = min(MOST_SALIENT, *(int((each > 0).sum()) for each in salience["L1"]))  # an L1 probe may have fewer
         between = {
-            f"{a}, {b}": (overlap(salience[a][1], salience[b][2]) + overlap(salience[b][1], salience[a][2])) / 2
+            f"{a}, {b}": (overlap(salience[a][1], salience[b][2], k) + overlap(salience[b][1], salience[a][2], k)) / 2
             for a, b in (("L1", "L1"), ("L2", "L2"), ("MLP", "MLP"), ("L1", "MLP"), ("L2", "MLP"), ("L1", "L2"))
         }
-        between["MLP, another seed"] = overlap(*(mlp.salience(x[fit]) for mlp in mlps[:2]))
-        between["chance"] = min(MOST_SALIENT, features.shape[1]) / features.shape[1]
+        for a, b in (("L1", "L2"), ("L1", "MLP")):
+            own = [overlap(salience[a][half], salience[b][half], k) for half in (1, 2)]
+            between[f"{a}, {b}, same texts"] = float(np.mean(own))
+        between["MLP, another seed"] = overlap(*(mlp.salience(x[fit]) for mlp in mlps[:2]), k)
+        between["chance"] = k / features.shape[1]
         found.append(
             {
                 "tap": str(tap),
@@ -125,6 +128,7 @@ def tap_rows(trial: Trial, group: list[Any], values: list[Tensor]) -> list[dict[
                 "error": float(np.mean([error for _, _, error in compared])),
                 "gain over l1": float(np.mean([gain for _, gain, _ in over_sparse])),
                 "error over l1": float(np.mean([error for _, _, error in over_sparse])),
+                "k": k,
                 "overlap": between,
             }
         )
@@ -184,7 +188,10 @@ def run(options: Any) -> None:
 def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
     """The tables and pictures of these rows."""
     taps = [row for row in rows if row["tap"] not in ("head", "end")]
-    between = ("L1, L1", "L2, L2", "MLP, MLP", "L1, MLP", "L2, MLP", "MLP, another seed", "chance")
+    between = (
+        *("L1, L1", "L2, L2", "MLP, MLP", "L1, L2", "L1, MLP", "L2, MLP"),
+        *("L1, L2, same texts", "L1, MLP, same texts", "MLP, another seed", "chance"),
+    )
     by_tap, charts = [], []
     for kind in ("hidden", "ffn"):
         series = []

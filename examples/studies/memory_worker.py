@@ -53,6 +53,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         if job["method"] == CALIBRATION:
             model: Any = SpinForSequenceClassification.from_backbone(source.path).to(DEVICE)
             options = {"max_length": MAX_LENGTH, "batch_tokens": job["batch"], "progress": False}
+            options["validation_fraction"] = 0.2  # the same steps for any number of texts: few would be folded
             spin_calibrate(model, tokenizer, rows, **options)
         else:
             setting = Setting(

@@ -11,7 +11,7 @@ from torch import Tensor
 from spin_hf.calibration.losses import Loss
 
 HIDDEN = 32
-DECAYS = (1e-4, 1e-3, 1e-2)  # of the first layer's squared weights, halved, beside the mean loss of a text
+DECAYS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0)  # of the first layer's squared weights, halved, beside the mean loss of a text
 EPOCHS, STEPS, BATCH, RATE = 30, 300, 128, 2e-3  # epochs and steps: at least so many
 
 
