@@ -19,6 +19,7 @@ import transformers as hf
 import spin_hf.calibration.calibrate
 import spin_hf.hub.card  # noqa: F401  both loaded before the fork
 from spin_hf import cli
+from spin_hf.calibration import probes
 
 STAGES = ("extraction", "probing", "selection", "saving")
 
@@ -52,6 +53,7 @@ def work(
         elif what == "open" and details[2] & (os.O_WRONLY | os.O_RDWR) and isinstance(details[0], str):
             event("saving") if out in Path(details[0]).parents else None
 
+    probes._MOST_TOGETHER = 1  # so that one tap is probed after another, as in large models
     torch.set_num_threads(1)
     hf.utils.logging.disable_progress_bar()
     forward = torch.nn.modules.module.register_module_forward_pre_hook

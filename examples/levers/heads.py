@@ -98,12 +98,13 @@ class Selector:
         self._kept: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def prepare(self, places: dict[str, Features], fold: int) -> None:
-        """Keep the salient neurons of these places; a GPU solves the probes of one width together."""
+        """Keep the salient neurons of these places; probes of one width are solved together where it pays."""
         left = [name for name in places if (name, fold) not in self._kept]
         width = {name: places[name](fold).shape[1] for name in left}
-        at_once = 16 if pays(torch.device(self.folds.device)) else 1
+        rows, device = len(self.folds.parts[fold][0]), torch.device(self.folds.device)
         for each in dict.fromkeys(width.values()):
             alike = [name for name in left if width[name] == each]
+            at_once = 16 if pays(device, rows, each) else 1
             for start in range(0, len(alike), at_once):
                 self._probe({name: places[name] for name in alike[start : start + at_once]}, fold)
 
@@ -115,7 +116,7 @@ class Selector:
         x = torch.empty(len(values), len(rows), values[0].shape[1], device=folds.device)
         standards = [standardise(own, rows, rows[:0], out=out)[1:] for own, out in zip(values, x, strict=True)]
         grids = [[factor * smallest_useful_C(own, y, s, loss) for factor in _FACTORS] for own in x]
-        if pays(x.device):
+        if pays(x.device, *x.shape[1:]):
             *_, points = solve_paths(x, y, s, loss, grids, [True] * len(x), tol=1e-2)
         else:
             paths = (solve_path(own, y, s, loss, grid, tol=1e-2) for own, grid in zip(x, grids, strict=True))

@@ -20,6 +20,8 @@ from spin_hf.calibration.task import METRICS as FUNCTIONS
 from spin_hf.explain.charts import Chart, Series
 from spin_hf.scoring import predict_rows
 
+STAGES = ("token weights", "extract", "probe", "heads", "total")
+
 
 def run(options: Any) -> None:
     study = Study("architectures", options.results)
@@ -85,7 +87,7 @@ def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
                 f"{row['features']:,}",
                 f"{row['depth']} of {row['blocks']}",
                 f"{run / 1e6:.1f} of {sum(row['parameters']) / 1e6:.1f}",
-                " / ".join(f"{row['seconds'][stage]:.0f}" for stage in ("extract", "probe", "heads", "total")),
+                " / ".join(f"{row['seconds'].get(stage, 0):.0f}" for stage in STAGES),
             ]
         )
     for i, model in enumerate(models):
@@ -117,7 +119,7 @@ def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
         log_x=True,
     )
     head = ["set", "model", "test", "validation", "features", "blocks", "million parameters in them"]
-    return [table([*head, "extract / probe / heads / total, s"], lines)], [chart, deeper]
+    return [table([*head, f"{' / '.join(STAGES)}, s"], lines)], [chart, deeper]
 
 
 if __name__ == "__main__":

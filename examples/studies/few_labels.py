@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from tables import Rows, mean, of, points, spread, table
+from tables import Rows, mean, of, pairs, points, spread, table
 
 from spin_hf.explain.charts import Chart, Series
 
@@ -17,25 +17,28 @@ def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
     """The tables and pictures of the rows of ``adaptation_table.py``."""
     found = [row for row in rows if row["per_class"] is not None and row["method"] in METHODS]
     sizes = sorted({row["per_class"] for row in found})
-    sets = list(dict.fromkeys(row["set"] for row in found))
     lines, series = [], []
-    for i, name in enumerate(sets):
+    for i, (model, task) in enumerate(pairs(found)):
+        name = f"{model}, {task}"
         for j, method in enumerate(METHODS):
-            tests = {size: [r["test"] for r in of(found, set=name, method=method, per_class=size)] for size in sizes}
+            own = of(found, model=model, set=task, method=method)
+            tests = {size: [row["test"] for row in of(own, per_class=size)] for size in sizes}
             cells = []
-            for own in tests.values():
-                told = points(mean(own) / 100, spread(own) / 100 if len(own) > 1 else None) if own else ""
-                cells.append(told + (f" (of {len(own)})" if 0 < len(own) < SEEDS else ""))
+            for drawn in tests.values():
+                told = points(mean(drawn) / 100, spread(drawn) / 100 if len(drawn) > 1 else None) if drawn else ""
+                cells.append(told + (f" (of {len(drawn)})" if 0 < len(drawn) < SEEDS else ""))
             lines.append([name, method, *cells])
-            xs = tuple(size for size, own in tests.items() if own)
-            series.append(Series(f"{name}, {method}", xs, tuple(mean(tests[x]) for x in xs), i, j))
+            xs = tuple(size for size, drawn in tests.items() if drawn)
+            ys = tuple(mean(tests[x]) for x in xs)
+            low, high = (tuple(y + side * spread(tests[x]) for x, y in zip(xs, ys, strict=True)) for side in (-1, 1))
+            series.append(Series(f"{name}, {method}", xs, ys, i, j, low=low, high=high))
     chart = Chart(
         "studies-labels",
         "Test score by the number of labels",
-        "Means of the draws of texts; their spread is in the table.",
+        "Means of the draws of texts; bars are their standard deviation.",
         "texts of each class",
         "points",
         tuple(series),
         log_x=True,
     )
-    return [table(["set", "method", *map(str, sizes)], lines)], [chart] if series else []
+    return [table(["model, set", "method", *map(str, sizes)], lines)], [chart] if series else []

@@ -95,11 +95,11 @@ def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
                     )
                 )
     head = ["model", "what", "texts", "batch", "device, GB", "host, GB"]
-    return [table(head, lines), break_even(rows)], charts
+    return [table(head, lines), *break_even(rows)], charts
 
 
-def break_even(rows: Rows) -> str:
-    """Rows up to which a calibration takes less of the device than each training, between measured points."""
+def break_even(rows: Rows) -> list[str]:
+    """Texts up to which a calibration takes less of the device than each training, between measured points."""
     place = "device" if any(row["device"] for row in rows) else "host"
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -108,15 +108,13 @@ def break_even(rows: Rows) -> str:
             continue
         batch = statistics.mode(row["batch"] for row in own)
         curve = sorted((row["texts"], row[place]) for row in of(own, batch=batch))
-        for row in of(rows, model=model):
-            if row["method"] == "calibration":
-                continue
+        for row in of(rows, model=model, batch=BATCHES[MIDDLE], texts=TEXTS[MIDDLE]):
             below = [texts for texts, size in curve if size <= row[place]]
             above = [texts for texts, size in curve if size > row[place]]
             told = f"between {max(below):,} and {min(above):,}" if below and above else ""
             told = told or (f"more than {max(below):,}" if below else f"fewer than {min(above):,}")
-            lines.append([model, row["method"], f"{row['batch']}", f"{row['texts']:,}", told])
-    return table(["model", "training", "batch", "of texts", "a calibration takes as much at so many texts"], lines)
+            lines.append([model, f"{row['method']}, batch {row['batch']}", told])
+    return [table(["model", "training", "a calibration takes as much at so many texts"], lines)] if lines else []
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Many penalised linear models at once, for a GPU: one pass over the features serves all taps and all penalties.
+"""Many penalised linear models at once: one pass over the features serves all taps and all penalties.
 
 The problems are those of :mod:`spin_hf.calibration.solver` and :mod:`spin_hf.calibration.ridge`, certified by the same
-duality gap. What is quick on a CPU, small factorisations on a working set, leaves a GPU idle. Here all ``B`` taps of
-one width and all ``C`` penalties step together by FISTA with restarts (Beck and Teboulle 2009; O'Donoghue and Candes
-2015): two products with the features a step, whatever the number of problems. Columns that are certified leave the
-batch; those that stay long are ill-conditioned, and get a :func:`~spin_hf.calibration.jump.jump` between the steps.
+duality gap. What is quick on a CPU, small factorisations on a working set, leaves a GPU idle; and small problems cost
+a CPU too more calls than arithmetic. Here all ``B`` taps of one width and all ``C`` penalties step together by FISTA
+with restarts (Beck and Teboulle 2009; O'Donoghue and Candes 2015): two products with the features a step, whatever the
+number of problems. Columns that are certified leave the batch; those that stay long are ill-conditioned, and get a
+:func:`~spin_hf.calibration.jump.jump` between the steps.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ _POWER_ROUNDS = 30
 _LEAST_WIDTH = 2048  # features up to which all are read in every step
 _LEAST_WORKING = 512
 _MOST_ROUNDS = 20
+_SMALL_WIDTH, _SMALL = 512, 2**17  # features, and rows times features, of what a CPU too solves together
 
 
-def pays(device: torch.device) -> bool:
-    """Whether to solve together there."""
-    return device.type != "cpu"
+def pays(device: torch.device, rows: int, width: int) -> bool:
+    """Whether to solve problems of this size together there: on a CPU small ones only."""
+    return device.type != "cpu" or (width <= _SMALL_WIDTH and rows * width <= _SMALL)
 
 
 class Penalty(Protocol):

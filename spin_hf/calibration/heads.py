@@ -164,7 +164,7 @@ class HeadFitter:
         x, held = columns.read(self._source, self.device, rows, held_out)
         y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
         indices = [torch.from_numpy(np.flatnonzero(columns.kept(eta, depth))).to(self.device) for eta in etas]
-        if pays(x.device) and x.shape[1]:
+        if x.shape[1] and pays(x.device, *x.shape):
             values = 1 if self.penalty == "l1" else len(_LOGIT_VARIANCES)
             each = solver_bytes(len(x), x.shape[1], values, y.shape[1])
             count = most_together(each, shared=2 * 4 * x.numel())
@@ -207,7 +207,7 @@ class HeadFitter:
     def _fit_together(
         self, x: Tensor, held_out: Tensor, columns: Columns, indices: Sequence[Tensor], rows: np.ndarray
     ) -> Iterator[list[Tensor]]:
-        """What :meth:`_fit_fold` yields for each of some etas, all solved at once: a GPU's way."""
+        """What :meth:`_fit_fold` yields for each of some etas, all solved at once."""
         y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
         each = 1 if self.penalty == "l1" else len(_LOGIT_VARIANCES)
         members = x.new_zeros(1, x.shape[1], len(indices) * each, 1)

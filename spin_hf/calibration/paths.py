@@ -1,4 +1,4 @@
-"""Paths of sparse probes of many taps at once, on a GPU: some values of C at a time."""
+"""Paths of sparse probes of many taps at once: some values of C at a time."""
 
 from __future__ import annotations
 

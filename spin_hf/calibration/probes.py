@@ -118,7 +118,8 @@ def fit_probes(
     """Solve the path of each place on every fold in step, and score each C on the rows held out.
 
     Args:
-        features: ``(n, d)`` float32 for each place, of one width and on one device. Those on a GPU are solved together.
+        features: ``(n, d)`` float32 for each place, of one width and on one device. They are solved together where that
+            :func:`~spin_hf.calibration.batched.pays`.
         places: tap and pooling of each.
         Cs: the grid, ascending; a number asks for that many, each twice the last, from twice the smallest C that
             gives any weight.
@@ -142,7 +143,7 @@ def fit_probes(
         y, s = data.targets[rows].to(x.device), data.weights[rows].to(x.device)
         grids = grids or [_grid(own, y, s, loss, Cs) for own in x]
         factors = torch.stack([1.0 / search.standard[-1][2] for search in searches]) if raw else None
-        if pays(x.device):
+        if pays(x.device, *x.shape[1:]):
             problems.append(solve_paths(x, y, s, loss, grids, alive, factors=factors, tol=tol))
         else:
             problems.append(_in_turn(list(x), y, s, loss, grids, alive, factors, tol))
@@ -264,7 +265,7 @@ def most_together(each: int, shared: int = 0) -> int:
 def in_groups(
     places: Sequence[Place], widths: Mapping[Tap, int], rows: int, device: torch.device, *, fits: int, outputs: int
 ) -> list[list[Place]]:
-    """Places to be solved together, of one width each: alone on a CPU, some on a GPU.
+    """Places to be solved together, of one width each: some where it pays, others alone.
 
     A function of its arguments alone, whatever the number of processes and what else is in memory: the grouping may
     show in the last bits.
@@ -273,11 +274,12 @@ def in_groups(
         fits: how many times each is solved, on other rows.
         outputs: columns of targets.
     """
-    if not pays(device):
-        return [[place] for place in places]
     groups: list[list[Place]] = []
     for width in dict.fromkeys(widths[tap] for tap, _ in places):
         alike = [place for place in places if widths[place[0]] == width]
+        if not pays(device, rows, width):
+            groups += [[place] for place in alike]
+            continue
         features = 4 * width * rows
         # as they are read, standardised for each fit, and once more of those whose paths have not ended
         held = features * (2 + fits) + solver_bytes(rows, width, AT_ONCE, outputs)

@@ -18,6 +18,7 @@ _MARKERS = ("o", "^", "s", "D", "X", "P")
 _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 3)), (0, (8, 2, 2, 2)))
 _DPI = 200  # of files for papers
 _MOST_TICKS = 24
+_FEW = 8  # values on a logarithmic axis that are each told
 _GROUP = 0.6  # of the room of a name, what its points take
 
 
@@ -76,6 +77,10 @@ def _draw_chart(picture: Picture, axes: Axes, chart: Chart) -> None:
         axes.plot([0, 1], [0, 1], color="#666666", linewidth=1, linestyle=(0, (1, 1.5)))
     if chart.log_x:
         axes.set_xscale("log")
+        places = sorted({float(x) for series in chart.series for x in series.x if isinstance(x, (int, float))})
+        if len(places) <= _FEW:
+            axes.set_xticks(places, [f"{x:,.10g}" for x in places])
+            axes.set_xticks([], minor=True)
     if chart.x_whole:
         ends = [float(x) for series in chart.series for x in series.x if isinstance(x, (int, float))]
         first, last = int(min(ends, default=0)), int(max(ends, default=0))

@@ -142,9 +142,11 @@ def test_a_calibration_that_solves_together_chooses_as_one_that_does_not(
         data = (texts[:52], labels[:52]), (texts[52:], labels[52:])
         return spin_calibrate(model, tokenizer, *data, preset=preset, etas=(0.5, 1.0), progress=False, **options)
 
+    for module in (probes, heads):
+        monkeypatch.setattr(module, "pays", lambda *size: False)
     alone = calibrate()
     for module in (probes, heads):
-        monkeypatch.setattr(module, "pays", lambda device: True)
+        monkeypatch.setattr(module, "pays", lambda *size: True)
     calls = []
     monkeypatch.setattr(probes, "solve_paths", lambda *a, **k: (calls.append(1), solve_paths(*a, **k))[1])
     together = calibrate()

@@ -10,7 +10,7 @@ import torch
 from builders import BAD, GOOD
 
 from spin_hf import CalibrationResult, SpinForSequenceClassification, spin_calibrate
-from spin_hf.calibration import CalibrationError, calibrate, stages
+from spin_hf.calibration import CalibrationError, calibrate, probes, stages
 from spin_hf.calibration.confidence import Reliability, to_probabilities
 from spin_hf.calibration.errors import MissingLabelsError, NonFiniteFeaturesError, TextPairError
 from spin_hf.calibration.heads import HeadFitter
@@ -243,6 +243,7 @@ def test_a_calibration_killed_after_the_extraction_goes_on(stage, wrap, tokenize
     expected = spin_calibrate(whole, tokenizer, rows, **options)
     owner, name = (HeadFitter, stage.split(".")[1]) if "." in stage else (stages, stage)
     work, calls = getattr(owner, name), []
+    monkeypatch.setattr(probes, "_MOST_TOGETHER", 1)  # one tap after another, as those of large models
     stop_at = 1 if name == "fit_final" else 4
 
     def dying(*arguments, **options):
@@ -267,8 +268,8 @@ def test_a_calibration_killed_after_the_extraction_goes_on(stage, wrap, tokenize
         )
     model = wrap()
     result = spin_calibrate(model, tokenizer, rows, cache_dir=tmp_path, **options)
-    probes, heads = 7, 3 * 3  # taps; kinds x depths, both of the kinds included
-    left = {"fit_probes": (probes - 3, heads), "fit": (0, heads - 3), "fit_final": (0, 0)}[name]
+    taps, heads = 7, 3 * 3  # heads: kinds x depths, both of the kinds included
+    left = {"fit_probes": (taps - 3, heads), "fit": (0, heads - 3), "fit_final": (0, 0)}[name]
     assert (later.count("fit_probes"), later.count("fit")) == (left[0] + 1, left[1])
     for key, value in model.state_dict().items():
         assert torch.equal(value, whole.state_dict()[key]), key

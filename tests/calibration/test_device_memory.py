@@ -132,7 +132,7 @@ def together(monkeypatch):
     room = {"taps": 99, "penalties": 99}
     solve_paths, solve_together = probes.solve_paths, heads.solve_together
     for module in (probes, heads):
-        monkeypatch.setattr(module, "pays", lambda device: True)
+        monkeypatch.setattr(module, "pays", lambda *size: True)
 
     def taken(what, count):
         tried[what].append(count)
