@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +20,7 @@ import transformers as hf
 import spin_hf.calibration.calibrate
 import spin_hf.hub.card  # noqa: F401  both loaded before the fork
 from spin_hf import cli
+from spin_hf.calibration import recipe
 
 STAGES = ("extraction", "probing", "selection", "saving")
 
@@ -26,7 +28,7 @@ STAGES = ("extraction", "probing", "selection", "saving")
 def work(
     arguments: list[str], out: Path, log: Path, stage: str | None = None, number: int = 0, delay: float = 0.0
 ) -> None:
-    """Run a command. ``log`` gets a line for each forward, each file of a probe or of heads, and each file in ``out``.
+    """Run a command, on few penalties. ``log`` gets a line for each forward, each file of a probe or of heads, and each file in ``out``.
 
     It dies with the event of this ``number`` of a stage, or so many seconds later.
     """
@@ -53,6 +55,7 @@ def work(
             event("saving") if out in Path(details[0]).parents else None
 
     torch.set_num_threads(1)
+    recipe._PRESETS["default"] = replace(recipe._PRESETS["default"], Cs=(0.05, 0.2), etas=(0.5, 1.0))
     hf.utils.logging.disable_progress_bar()
     forward = torch.nn.modules.module.register_module_forward_pre_hook
     forward(lambda module, _: event("extraction") if isinstance(module, hf.BertModel) else None)

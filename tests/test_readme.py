@@ -17,8 +17,8 @@ def test_python_blocks_run(minilm_path, tmp_path, monkeypatch, capsys):
     assert len(blocks) >= 2
     # The same code on less data and fewer settings.
     whole, presets = spin_hf.demo.load_split, recipe._PRESETS
-    monkeypatch.setattr(spin_hf.demo, "load_split", lambda split: whole(split)[:80])
-    small = replace(presets["default"], Cs=4, etas=(0.6,), depths=(4,))
+    monkeypatch.setattr(spin_hf.demo, "load_split", lambda split: whole(split)[:48])
+    small = replace(presets["default"], Cs=(0.1,), etas=(0.6,), depths=(4,))
     monkeypatch.setitem(presets, "default", small)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(token_weights, "_LEAST_STEPS", 20)

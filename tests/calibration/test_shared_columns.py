@@ -11,6 +11,7 @@ from spin_hf.calibration.shared_columns import SharedColumns
 from spin_hf.calibration.store import FeatureStore
 from spin_hf.taps import Tap
 
+QUICK = {"poolings": ["mean", "max"], "validation_fraction": 0.2, "Cs": [0.05, 0.2], "etas": (0.5, 0.8, 1.0)}
 TAPS = (Tap("hidden", 1), Tap("ffn", 1))
 
 
@@ -36,7 +37,7 @@ def test_it_reads_what_the_store_reads(store):
     np.testing.assert_array_equal(shared.read(TAPS[0], "max", np.array([0, 5])), store.read(TAPS[0], "max")[:, [0, 5]])
 
 
-@pytest.mark.parametrize("options", [{}, {"cv": 3}, {"preset": "paper", "Cs": [0.1, 1.0]}])
+@pytest.mark.parametrize("options", [{}, {"cv": 2}, {"preset": "paper", "Cs": [0.1, 1.0], "etas": None}])
 def test_a_calibration_reads_each_tap_for_its_heads_once(
     options, bert_backbone, tokenizer, sentiment_rows, monkeypatch
 ):
@@ -58,6 +59,6 @@ def test_a_calibration_reads_each_tap_for_its_heads_once(
     monkeypatch.setattr(calibrate, "try_heads", staged)
     model = SpinForSequenceClassification.from_backbone(copy.deepcopy(bert_backbone))
     rows = sentiment_rows["text"], sentiment_rows["label"]
-    result = spin_calibrate(model, tokenizer, rows, progress=False, **options)
+    result = spin_calibrate(model, tokenizer, rows, progress=False, **{**QUICK, **options})
     assert len(result.candidates) > len(reads)
     assert set(reads.values()) == {1}
