@@ -23,7 +23,7 @@ from spin_hf.calibration.errors import CalibrationError, LabelTypeError, OneClas
 from spin_hf.demo import load_split
 from spin_hf.prediction import predict
 
-QUICK = {"kinds": ["hidden"], "poolings": ["mean"], "Cs": [0.05, 0.2], "etas": [1.0], "validation_fraction": 0.2}
+QUICK = {"kinds": ["hidden"], "poolings": ["mean"], "Cs": 3, "etas": [1.0], "validation_fraction": 0.2}
 
 
 @pytest.fixture(scope="module")

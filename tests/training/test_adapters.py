@@ -184,7 +184,9 @@ def test_an_adapted_backbone_is_merged_first(sentiment_rows):
         SpinForSequenceClassification.from_backbone(adapted_backbone)
     model = SpinForSequenceClassification.from_backbone(adapted_backbone.merge_and_unload())
     rows = (sentiment_rows["text"], sentiment_rows["label"])
-    result = spin_calibrate(model, make_tokenizer(), rows, progress=False, Cs=[0.05, 0.2], etas=(1.0,), poolings=["mean"])
+    result = spin_calibrate(
+        model, make_tokenizer(), rows, progress=False, Cs=[0.05, 0.2], etas=(1.0,), poolings=["mean"]
+    )
     assert result.chosen.score > 0.5
 
 
