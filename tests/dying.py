@@ -28,7 +28,7 @@ STAGES = ("extraction", "probing", "selection", "saving")
 def work(
     arguments: list[str], out: Path, log: Path, stage: str | None = None, number: int = 0, delay: float = 0.0
 ) -> None:
-    """Run a command, on few penalties. ``log`` gets a line for each forward, each file of a probe or of heads, and each file in ``out``.
+    """Run a command, on few penalties. ``log`` gets a line for each forward, probe, heads, and file in ``out``.
 
     It dies with the event of this ``number`` of a stage, or so many seconds later.
     """

@@ -23,7 +23,7 @@ QUICK = {
     "progress": False,
     "poolings": ["mean", "max"],
     "validation_fraction": 0.2,
-    "Cs": [0.05, 0.2],
+    "Cs": 4,
     "etas": (0.5, 1.0),
     "batch_tokens": 64,
 }

@@ -20,7 +20,7 @@ QUICK = {
     "progress": False,
     "poolings": ["mean", "max"],
     "validation_fraction": 0.2,
-    "Cs": [0.05, 0.2],
+    "Cs": 2,
     "etas": (0.5,),
     "depths": [2],
 }

@@ -195,7 +195,7 @@ def test_a_loaded_model_is_not_changed(data):
 
 def test_clones_share_a_loaded_model_and_nothing_else(data):
     backbone, tokenizer, kinds = builders.make_backbone("bert"), builders.make_tokenizer(), ["hidden"]
-    original = SpinClassifier(backbone, tokenizer=tokenizer, kinds=kinds, poolings=["mean"], Cs=3, etas=[1.0])
+    original = SpinClassifier(backbone, tokenizer=tokenizer, kinds=kinds, Cs=3)
     copied = clone(original.fit(*data))
     assert copied.backbone is backbone
     assert copied.tokenizer is tokenizer
@@ -392,12 +392,12 @@ def test_scikit_learn_checks_the_classifier(folder):
         **EITHER,
         "check_class_weight_classifiers": "weights of 1000 to 0.0001 leave a single class to predict, which is refused",
     }
-    assert check(ClassifierOnNumbers(folder, **{**QUICK, "Cs": [0.2], "etas": [], "max_depth": 1}), skipped) > 55
+    assert check(ClassifierOnNumbers(folder, **{**QUICK, "Cs": 2, "etas": [], "max_depth": 1}), skipped) > 55
 
 
 @old
 def test_scikit_learn_checks_the_regressor(folder):
-    assert check(RegressorOnNumbers(folder, **{**QUICK, "Cs": [0.2], "etas": [], "max_depth": 1}), EITHER) > 45
+    assert check(RegressorOnNumbers(folder, **{**QUICK, "Cs": 2, "etas": [], "max_depth": 1}), EITHER) > 45
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 DATA = Path(os.environ.get("SPIN_HF_DATA", ROOT.parent / "shared" / "data"))  # the public sets, where they are at hand
 
-SMALL = replace(recipe._PRESETS["default"], Cs=(0.05, 0.2), etas=(1.0,), max_depth=2, poolings=("mean",))
+SMALL = replace(recipe._PRESETS["default"], Cs=3, etas=(1.0,), max_depth=2, poolings=("mean",))
 
 
 def run_example(name, *options):
@@ -182,7 +182,6 @@ def several_gpus(tmp_path_factory):
     """The rows of each part of ``several_gpus.py``, from one and two processes on the CPU, and what it recorded."""
     folder, preset = tmp_path_factory.mktemp("several"), {"etas": (0.6,), "depths": (4,)}
     options = ("--shape", "tiny", "--processes", 1, 2, "--texts", 40, "--few", 60, "--tokens", 16, "--Cs", 2)
-    options += ("--poolings", "mean")
     options += ("--steps", 2, "--batch-tokens", 64, "--folder", folder / "kept", "--record", folder / "found.md")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES / "benchmarks"))
@@ -348,7 +347,7 @@ def test_faithfulness(run, tmp_path, backbone):
     data = [row["text"] for row in rows], [int(row["label"] == "praise") for row in rows]
     options = {
         "poolings": ["mean"],
-        "Cs": [0.05, 0.2],
+        "Cs": 3,
         "etas": [1.0],
         "depths": [2, 3],
         "exits": True,

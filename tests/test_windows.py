@@ -28,7 +28,7 @@ from spin_hf.taps import tap_width
 from spin_hf.training import store_features
 from spin_hf.windows import Windows, plan_windows
 
-QUICK = {"progress": False, "poolings": ["mean", "max"], "validation_fraction": 0.2, "Cs": [0.05, 0.2], "etas": (1.0,)}
+QUICK = {"progress": False, "poolings": ["mean", "max"], "validation_fraction": 0.2, "Cs": 3, "etas": (1.0,)}
 LENGTHS = (5, 12, 13, 40, 97)  # of texts; the window below is one of 12
 
 
@@ -371,7 +371,7 @@ def test_a_backbone_whose_batches_are_of_one_length(rows):
 
 def test_the_estimator(rows):
     tokenizer = make_tokenizer()
-    options = {"Cs": [0.2], "etas": (1.0,), "poolings": ["mean"], "kinds": ["hidden"], "device": "cpu"}
+    options = {"Cs": 3, "etas": (1.0,), "device": "cpu"}
     made = SpinClassifier(make_backbone("bert"), tokenizer=tokenizer, windows=True, overlap=30, **options)
     made.fit(*rows)
     assert made.model_.config.windows == {"size": 64, "overlap": 30, "before": 1, "after": 1}
@@ -458,7 +458,7 @@ def test_the_command_line(rows, tmp_path):
     with (tmp_path / "train.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": t, "label": n}) + "\n" for t, n in zip(*rows, strict=True))
     command = ["calibrate", str(tmp_path / "backbone"), "--train", str(tmp_path / "train.jsonl"), "--device", "cpu"]
-    command += ["--out", str(tmp_path / "out"), "--pooling", "mean", "--kind", "hidden", "--max-depth", "1"]
+    command += ["--out", str(tmp_path / "out"), "--pooling", "mean"]
     failed = CliRunner().invoke(app, [*command, "--overlap", "4"])
     assert failed.exit_code == 2
     assert "--overlap 4 is for texts in windows: pass --windows too." in failed.stderr

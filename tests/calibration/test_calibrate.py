@@ -343,15 +343,14 @@ def test_paper_preset_keeps_its_rules(wrap, tokenizer, rows):
         tokenizer,
         rows,
         preset="paper",
-        Cs=[0.1, 1.0],
+        Cs=[1.0, 10.0],
         etas=[0.3, 1.0],
         poolings=["mean", "max"],
-        validation_fraction=0.2,
         progress=False,
     )
     assert {c.kind for c in result.candidates} <= {"hidden", "ffn"}
     assert {c.pooling for c in result.candidates} <= {"mean", "max"}
-    assert {c.C for c in result.candidates} <= {0.1, 1.0}
+    assert {c.C for c in result.candidates} <= {1.0, 10.0}
     assert {c.depth for c in result.candidates} == {3}
     assert all(c.probe is None for c in result.candidates)
 

@@ -14,7 +14,7 @@ from spin_hf.taps import Tap
 QUICK = {
     "progress": False,
     "validation_fraction": 0.2,
-    "Cs": [0.05, 0.2],
+    "Cs": 2,
     "etas": (0.5, 1.0),
     "poolings": ["mean"],
     "batch_tokens": 128,

@@ -14,13 +14,7 @@ from spin_hf.calibration import CalibrationError
 from spin_hf.calibration import exits as stage
 from spin_hf.prediction import evaluate, predict
 
-QUICK = {
-    "progress": False,
-    "poolings": ["mean", "max"],
-    "validation_fraction": 0.2,
-    "Cs": [0.05, 0.2],
-    "etas": (0.5, 0.8, 1.0),
-}
+QUICK = {"progress": False, "poolings": ["mean", "max"], "validation_fraction": 0.2, "Cs": 4, "etas": (0.5, 0.8, 1.0)}
 
 
 @pytest.fixture

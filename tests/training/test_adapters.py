@@ -156,7 +156,7 @@ def test_trainer_evaluates_keeps_the_best_and_warns(model, sentiment_rows, tmp_p
 
 def test_recalibration_is_of_the_merged_model(model, sentiment_rows, tmp_path):
     tokenizer, rows = make_tokenizer(), (sentiment_rows["text"], sentiment_rows["label"])
-    options = {"progress": False, "Cs": [0.05, 0.2], "etas": (1.0,), "poolings": ["mean"], "recalibrate": True}
+    options = {"progress": False, "Cs": 3, "etas": (1.0,), "poolings": ["mean"], "recalibrate": True}
     made = adapted(model, "lora by name")
     for given in (made, made.base_model.model):
         with pytest.raises(CalibrationError, match="merge_and_unload"):
@@ -184,9 +184,7 @@ def test_an_adapted_backbone_is_merged_first(sentiment_rows):
         SpinForSequenceClassification.from_backbone(adapted_backbone)
     model = SpinForSequenceClassification.from_backbone(adapted_backbone.merge_and_unload())
     rows = (sentiment_rows["text"], sentiment_rows["label"])
-    result = spin_calibrate(
-        model, make_tokenizer(), rows, progress=False, Cs=[0.05, 0.2], etas=(1.0,), poolings=["mean"]
-    )
+    result = spin_calibrate(model, make_tokenizer(), rows, progress=False, Cs=3, etas=(1.0,), poolings=["mean"])
     assert result.chosen.score > 0.5
 
 

@@ -207,7 +207,7 @@ def test_stored_labels_are_the_models(tokenizer, sentiment_rows):
     )
     texts = sentiment_rows["text"]
     rows = (texts, [[word for word in ("the", "a", "film") if word in text.split()] for text in texts])
-    spin_calibrate(model, tokenizer, rows, progress=False, Cs=[0.05, 0.2], etas=(1.0,), poolings=["mean"])
+    spin_calibrate(model, tokenizer, rows, progress=False, Cs=3, etas=(1.0,), poolings=["mean"])
     stored = store_features(model, tokenizer, rows)
     assert stored[0]["labels"].dtype == torch.float32
     named = [sorted(model.config.id2label[i] for i in row.nonzero()[:, 0].tolist()) for row in stored["labels"][:]]
