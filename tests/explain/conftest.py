@@ -30,7 +30,7 @@ def make() -> Callable[..., Made]:
         small = {
             "poolings": ["mean"],
             "validation_fraction": 0.2,
-            "Cs": [0.05, 0.2],
+            "Cs": 3,
             "etas": [0.5, 1.0],
             "progress": False,
             **options,
