@@ -157,7 +157,9 @@ def test_depths_at_which_a_block_would_be_another_one_are_passed_over(tokenizer,
     model = SpinForSequenceClassification.from_backbone(backbone)
     with pytest.raises(CalibrationError, match="or choose others than 3"):
         spin_calibrate(model, tokenizer, sentiment_rows, depths=[3], progress=False)
-    result = spin_calibrate(model, tokenizer, sentiment_rows, Cs=2, etas=(0.5,), progress=False, prefer="compact")
+    result = spin_calibrate(
+        model, tokenizer, sentiment_rows, poolings=["mean"], Cs=[0.2], etas=(0.5,), progress=False, prefer="compact"
+    )
     assert model.spin.depth == result.chosen.depth
     assert model.spin.depth in (2, 4)
 

@@ -17,7 +17,7 @@ from spin_hf.checkpoint import fingerprint
 from spin_hf.depth import truncate, why_whole
 from spin_hf.parts import shifted_right
 
-QUICK = {"progress": False, "poolings": ["mean", "max"], "validation_fraction": 0.2, "Cs": 2, "etas": (0.5,)}
+QUICK = {"progress": False, "poolings": ["mean", "max"], "validation_fraction": 0.2, "Cs": [0.05, 0.2], "etas": (0.5,)}
 
 
 def whole_model(model_type):

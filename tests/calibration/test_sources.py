@@ -337,7 +337,13 @@ def test_pairs_are_found_by_common_names(names):
 def calibrate(make_backbone, tokenizer):
     def run(*data, problem_type=None, **options):
         model = SpinForSequenceClassification.from_backbone(make_backbone("bert"), problem_type=problem_type)
-        small = {"kinds": ["hidden"], "poolings": ["mean"], "Cs": 3, "etas": [1.0], "validation_fraction": 0.2}
+        small = {
+            "kinds": ["hidden"],
+            "poolings": ["mean"],
+            "Cs": [0.05, 0.2],
+            "etas": [1.0],
+            "validation_fraction": 0.2,
+        }
         options = {**small, "progress": False, **options}
         return model, spin_calibrate(model, tokenizer, *data, **options)
 

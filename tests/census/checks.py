@@ -21,7 +21,15 @@ from spin_hf.taps import attach
 from .by_hand import BY_HAND, LEFT_OUT, MORE_AFTER, WITHOUT_FFN
 from .shrink import tiny_config
 
-QUICK = {"Cs": 2, "etas": (0.5,), "poolings": ("mean", "last"), "progress": False, "max_features": 64}
+# One penalty and one split: the checks are of values, blocks and batches, whichever neurons are kept.
+QUICK = {
+    "Cs": [0.3],
+    "etas": (0.5,),
+    "poolings": ("mean", "last"),
+    "validation_fraction": 0.25,
+    "progress": False,
+    "max_features": 64,
+}
 
 
 class LeftOut(Exception):

@@ -29,7 +29,14 @@ def made(backbone_folder) -> Callable[..., Path]:
         tokenizer = builders.make_tokenizer()
         model = SpinForSequenceClassification.from_backbone(backbone or backbone_folder, **options)
         data = rows or builders.make_sentiment_rows()
-        settings = {"kinds": ["ffn", "hidden"], "poolings": ["mean"], "Cs": 4, "etas": [0.5], "progress": False}
+        settings = {
+            "kinds": ["ffn", "hidden"],
+            "poolings": ["mean"],
+            "Cs": [0.05, 0.2],
+            "etas": [0.5],
+            "validation_fraction": 0.2,
+            "progress": False,
+        }
         result = spin_calibrate(model, tokenizer, data, exits=exits, **settings)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -187,7 +187,7 @@ def test_a_trained_backbone_is_no_frozen_one(classifier):
     text = write_card(classifier).read_text(encoding="utf-8")
     assert all(words in text for words in frozen)
     model = SpinForSequenceClassification.from_pretrained(classifier)
-    options = {"kinds": ["hidden"], "poolings": ["mean"], "Cs": 3, "etas": [0.5], "progress": False}
+    options = {"kinds": ["hidden"], "poolings": ["mean"], "Cs": [0.05, 0.2], "etas": [0.5], "progress": False}
     result = spin_calibrate(
         model, builders.make_tokenizer(), builders.make_sentiment_rows(), recalibrate=True, **options
     )
