@@ -239,11 +239,11 @@ def test_a_killed_calibration_goes_on(wrap, tokenizer, rows, tmp_path, monkeypat
 @pytest.mark.parametrize("stage", ["fit_probes", "HeadFitter.fit", "HeadFitter.fit_final"])
 def test_a_calibration_killed_after_the_extraction_goes_on(stage, wrap, tokenizer, rows, tmp_path, monkeypatch):
     options = WHOLE if stage.endswith("final") else QUICK  # a head of several taps must win
+    monkeypatch.setattr(probes, "_MOST_TOGETHER", 1)  # one tap after another, as those of large models
     whole = wrap()
     expected = spin_calibrate(whole, tokenizer, rows, **options)
     owner, name = (HeadFitter, stage.split(".")[1]) if "." in stage else (stages, stage)
     work, calls = getattr(owner, name), []
-    monkeypatch.setattr(probes, "_MOST_TOGETHER", 1)  # one tap after another, as those of large models
     stop_at = 1 if name == "fit_final" else 4
 
     def dying(*arguments, **options):
