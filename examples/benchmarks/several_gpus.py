@@ -9,11 +9,11 @@ Random weights of a real shape and texts made here; each part prints its rows as
   which accelerate runs on GPUs only.
 
 ``split`` and ``killed`` read ``--few`` texts whose labels deep neurons carry, so that the classifier reads deep taps.
-What is compared of a calibration is all of it: every value of its record but the seconds (of each candidate score, loss,
-C and neurons, of each probe the score at every C), the config, neurons, shift, scale and head, and the logits of unseen
-texts, of each process. They must be equal to the bit (tolerance 0), since work is shared by whole batches, taps and heads.
-Training is another matter: batches of half the size are summed in another order. Its weights may differ by 1e-3 of the
-way that they went, beyond what rounding them at each step can make, its losses by 1e-4 of themselves.
+What is compared of a calibration is all of it: every value of its record but the seconds (of each candidate score,
+loss, C and neurons, of each probe the score at every C), the config, neurons, shift, scale and head, and the logits of
+unseen texts, of each process. They must be equal to the bit (tolerance 0), since work is shared by whole batches, taps
+and heads. Training is another matter: batches of half the size are summed in another order. Its weights may differ by
+1e-3 of the way that they went, beyond what rounding them at each step can make, its losses by 1e-4 of themselves.
 
 Give ``--folder`` to keep what runs found, and not to run these again.
 

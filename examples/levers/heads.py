@@ -104,7 +104,7 @@ class Selector:
         rows, device = len(self.folds.parts[fold][0]), torch.device(self.folds.device)
         for each in dict.fromkeys(width.values()):
             alike = [name for name in left if width[name] == each]
-            at_once = 16 if pays(device, rows, each) else 1
+            at_once = 16 if pays(device, rows, each, self.folds.columns) else 1
             for start in range(0, len(alike), at_once):
                 self._probe({name: places[name] for name in alike[start : start + at_once]}, fold)
 
@@ -116,7 +116,7 @@ class Selector:
         x = torch.empty(len(values), len(rows), values[0].shape[1], device=folds.device)
         standards = [standardise(own, rows, rows[:0], out=out)[1:] for own, out in zip(values, x, strict=True)]
         grids = [[factor * smallest_useful_C(own, y, s, loss) for factor in _FACTORS] for own in x]
-        if pays(x.device, *x.shape[1:]):
+        if pays(x.device, len(rows), x.shape[2], folds.columns):
             *_, points = solve_paths(x, y, s, loss, grids, [True] * len(x), tol=1e-2)
         else:
             paths = (solve_path(own, y, s, loss, grid, tol=1e-2) for own, grid in zip(x, grids, strict=True))

@@ -76,7 +76,7 @@ def train(x: Tensor, y: Tensor, loss: Loss, fits: Sequence[Tensor], choose: Tens
         for rows in used[torch.randperm(len(used), generator=order).to(used.device)].chunk(steps):
             own = member[:, rows, None]
             value = loss.value(_scores(x[rows], *parameters), y[rows], own)
-            value = (value[..., 0] if loss.coupled else value.sum(-1)) / own.sum((1, 2)).clamp_min(1)
+            value = value.sum(-1) / own.sum((1, 2)).clamp_min(1)
             penalty = (decay * parameters[0].square()).sum((1, 2)) / 2
             optimiser.zero_grad()
             (value + penalty).sum().backward()
@@ -85,7 +85,7 @@ def train(x: Tensor, y: Tensor, loss: Loss, fits: Sequence[Tensor], choose: Tens
         with torch.no_grad():
             z = _scores(x[choose], *parameters)
             value = loss.value(z, y[choose], torch.ones_like(z[..., :1]))
-            value = (value[..., 0] if loss.coupled else value.sum(-1)) / len(choose)
+            value = value.sum(-1) / len(choose)
             better = value < least
             least = torch.where(better, value, least)
             for place, each in zip(kept, parameters, strict=True):

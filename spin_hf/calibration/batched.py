@@ -28,12 +28,15 @@ _POWER_ROUNDS = 30
 _LEAST_WIDTH = 2048  # features up to which all are read in every step
 _LEAST_WORKING = 512
 _MOST_ROUNDS = 20
-_SMALL_WIDTH, _SMALL = 512, 2**17  # features, and rows times features, of what a CPU too solves together
+# Features, rows times features, and that times outputs, of what a CPU too solves together (benchmarks/together.py).
+_SMALL_WIDTH, _SMALL, _SMALL_IN_ALL = 512, 2**17, 2**20
 
 
-def pays(device: torch.device, rows: int, width: int) -> bool:
+def pays(device: torch.device, rows: int, width: int, outputs: int) -> bool:
     """Whether to solve problems of this size together there: on a CPU small ones only."""
-    return device.type != "cpu" or (width <= _SMALL_WIDTH and rows * width <= _SMALL)
+    if device.type != "cpu":
+        return True
+    return width <= _SMALL_WIDTH and rows * width <= _SMALL and rows * width * outputs <= _SMALL_IN_ALL
 
 
 class Penalty(Protocol):

@@ -37,7 +37,7 @@ from .result import CalibrationResult
 from .stages import conclude, probe_all, try_heads
 from .store import required_bytes
 from .task import Metric, Task
-from .token_states import Texts, learning_rows, most_bytes, states_bytes, states_place
+from .token_states import Texts, learning_rows, states_bytes, states_place
 from .token_weights import PARTS, can_weigh, learn_queries
 from .windowing import check_window_options, make_windows
 
@@ -234,8 +234,8 @@ def spin_calibrate(
         learned = ""
         if weighted:  # from the labels, by this version of torch on this kind of device
             of_labels = data.fingerprint(choosing=False)
-            device = model_device(model)
-            learned = f"{of_labels} {seed} {torch.__version__} {device.type} {most_bytes(device)}"
+            held = ranks.on_main(lambda: states_bytes(model.spin, read, encoded))
+            learned = f"{of_labels} {seed} {torch.__version__} {model_device(model).type} {held}"
         with clock("extract"):
             known = known_batching(cache_dir, key, learned) if ranks.main else None
             find = partial(find_batching, model.spin, read, encoded.samples(6), pad)
@@ -258,7 +258,8 @@ def spin_calibrate(
             weighed: list[int] = []
             if weighted:
                 texts = Texts(encoded, data, pad, model.config.batching, batch_tokens)
-                weighed = [len(rows) for rows in learning_rows(model.spin, read, texts, seed)]
+                drawn = ranks.on_main(lambda: learning_rows(model.spin, read, texts, seed))
+                weighed = [len(rows) for rows in drawn]
                 if sum(weighed) < count:
                     show.say(f"Token weights are learned from {weighed[0]:,} texts and chosen on {weighed[1]:,}.")
                 with clock("token weights"), show.bar("Weighting tokens", PARTS) as advance:

@@ -164,7 +164,7 @@ class HeadFitter:
         x, held = columns.read(self._source, self.device, rows, held_out)
         y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
         indices = [torch.from_numpy(np.flatnonzero(columns.kept(eta, depth))).to(self.device) for eta in etas]
-        if x.shape[1] and pays(x.device, *x.shape):
+        if x.shape[1] and pays(x.device, len(x), x.shape[1], y.shape[1]):
             values = 1 if self.penalty == "l1" else len(_LOGIT_VARIANCES)
             each = solver_bytes(len(x), x.shape[1], values, y.shape[1])
             count = most_together(each, shared=2 * 4 * x.numel())

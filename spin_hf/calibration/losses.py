@@ -29,7 +29,7 @@ class Loss(Protocol):
     bound: float  # of a row's curvature in any direction, whatever the scores
 
     def value(self, z: Tensor, y: Tensor, s: Tensor) -> Tensor:
-        """Weighted loss per column, shape ``(K,)``; for a coupled loss the total is in every sum of it."""
+        """Weighted loss per column, shape ``(K,)``, whose sum is the loss: of a coupled one equal parts."""
         ...
 
     def residual(self, z: Tensor, y: Tensor, s: Tensor) -> Tensor:

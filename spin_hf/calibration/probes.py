@@ -143,7 +143,7 @@ def fit_probes(
         y, s = data.targets[rows].to(x.device), data.weights[rows].to(x.device)
         grids = grids or [_grid(own, y, s, loss, Cs) for own in x]
         factors = torch.stack([1.0 / search.standard[-1][2] for search in searches]) if raw else None
-        if pays(x.device, *x.shape[1:]):
+        if pays(x.device, len(rows), x.shape[2], y.shape[1]):
             problems.append(solve_paths(x, y, s, loss, grids, alive, factors=factors, tol=tol))
         else:
             problems.append(_in_turn(list(x), y, s, loss, grids, alive, factors, tol))
@@ -277,7 +277,7 @@ def in_groups(
     groups: list[list[Place]] = []
     for width in dict.fromkeys(widths[tap] for tap, _ in places):
         alike = [place for place in places if widths[place[0]] == width]
-        if not pays(device, rows, width):
+        if not pays(device, rows, width, outputs):
             groups += [[place] for place in alike]
             continue
         features = 4 * width * rows

@@ -1,7 +1,8 @@
 """States of the tokens that token weights are learned from: of which texts, and where they lie meanwhile.
 
-They are read once and kept in float16, of all texts or of as many as 4 GB hold, or a quarter of a GPU's memory where
-that is more: in that memory while it has the room, in files otherwise.
+They are read once and kept in float16, of all texts or of as many as 4 GB hold: in a GPU's memory while it has the
+room, in files otherwise. Of a large model 4 GB hold few texts, so that up to 1,000 texts may take a quarter of the
+memory of a GPU.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from .extraction import Encoded, not_finite, pad, plan_batches
 from .halving import in_halves, is_out_of_memory, no_room
 from .probes import Labelled
 
-_MOST_BYTES = 4 * 2**30  # of states, on a small device; of more texts than that a part is drawn to learn from
-_SHARE = 4  # a larger device gives this part of its memory
+_MOST_BYTES = 4 * 2**30  # of states; of more texts than that a part is drawn to learn from
+_ENOUGH, _SHARE = 1000, 4  # for no more texts than these a larger device gives that part of its memory
 _MOST_TOKENS = 6144  # of a step
 SAMPLE = 100_000  # tokens that shift and scale are taken from: reading all takes as long as an epoch
 _FLOAT16 = 65504.0
@@ -43,17 +44,15 @@ class Texts:
     batch_tokens: int
 
 
-def most_bytes(device: torch.device) -> int:
-    """Of states: the same whatever else is in the device's memory, as what is learned depends on it."""
-    if device.type != "cuda":
-        return _MOST_BYTES
-    return max(_MOST_BYTES, torch.cuda.get_device_properties(device).total_memory // _SHARE)
-
-
 def states_bytes(model: SpinModel, taps: Sequence[Tap], encoded: Encoded) -> int:
-    """What :func:`learn_queries` needs meanwhile."""
-    needed = 2 * sum(states_widths(model, taps).values()) * sum(_lengths(encoded))
-    return min(most_bytes(model_device(model)), needed)
+    """What the states take: the same whatever else is in the device's memory, as what is learned depends on it."""
+    lengths = _lengths(encoded)
+    needed = 2 * sum(states_widths(model, taps).values()) * sum(lengths)
+    most, device = _MOST_BYTES, model_device(model)
+    if device.type == "cuda":
+        gigabytes = torch.cuda.get_device_properties(device).total_memory // 2**30  # drivers keep some megabytes
+        most = max(most, min(gigabytes // _SHARE * 2**30, needed * _ENOUGH // len(lengths)))
+    return min(most, needed)
 
 
 def states_place(model: SpinModel, taps: Sequence[Tap], encoded: Encoded) -> str:
@@ -75,7 +74,7 @@ def learning_rows(model: SpinModel, taps: Sequence[Tap], texts: Texts, seed: int
     bytes_per_token = 2 * sum(states_widths(model, taps).values())
     lengths = np.asarray(_lengths(texts.encoded))
     needed = bytes_per_token * max(1, int(lengths[train].sum() + lengths[held_out].sum()))
-    share = most_bytes(model_device(model)) / needed
+    share = states_bytes(model, taps, texts.encoded) / needed
     draw = np.random.default_rng(seed)
     some: list[np.ndarray] = [train, held_out]
     if share < 1:
@@ -199,9 +198,11 @@ def _room(widths: Mapping[Tap, int], tokens: int, device: torch.device, folder: 
     needed = 2 * tokens * sum(widths.values())
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     if _fits(needed, widths, device) and (held := _held(widths, tokens, device)):
-        yield held
-        held.clear()
-        torch.cuda.empty_cache()  # others may need it
+        try:
+            yield held
+        finally:
+            held.clear()
+            torch.cuda.empty_cache()  # others may need it
         return
     try:
         try:
@@ -230,7 +231,8 @@ def _fits(needed: int, widths: Mapping[Tap, int], device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     step = _MOST_TOKENS * sum(widths.values()) + SAMPLE * max(widths.values())
-    return 2 * needed + 3 * 4 * step <= torch.cuda.mem_get_info(device)[0]
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # that torch keeps
+    return 2 * needed + 3 * 4 * step <= torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _held(widths: Mapping[Tap, int], tokens: int, device: torch.device) -> dict[Tap, Tensor]:

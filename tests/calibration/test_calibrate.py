@@ -236,15 +236,21 @@ def test_a_killed_calibration_goes_on(wrap, tokenizer, rows, tmp_path, monkeypat
         assert torch.equal(value, whole.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("stage", ["fit_probes", "HeadFitter.fit", "HeadFitter.fit_final"])
-def test_a_calibration_killed_after_the_extraction_goes_on(stage, wrap, tokenizer, rows, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "together"),
+    [("fit_probes", 1), ("fit_probes", 16), ("HeadFitter.fit", 16), ("HeadFitter.fit_final", 16)],
+)
+def test_a_calibration_killed_after_the_extraction_goes_on(
+    stage, together, wrap, tokenizer, rows, tmp_path, monkeypatch
+):
     options = WHOLE if stage.endswith("final") else QUICK  # a head of several taps must win
-    monkeypatch.setattr(probes, "_MOST_TOGETHER", 1)  # one tap after another, as those of large models
+    monkeypatch.setattr(probes, "_MOST_TOGETHER", together)  # one tap after another, as those of large models
     whole = wrap()
     expected = spin_calibrate(whole, tokenizer, rows, **options)
     owner, name = (HeadFitter, stage.split(".")[1]) if "." in stage else (stages, stage)
     work, calls = getattr(owner, name), []
-    stop_at = 1 if name == "fit_final" else 4
+    groups = {1: 7, 16: 2}[together]  # of the taps: those of a width
+    stop_at = {"fit_probes": groups // 2 + 1, "fit": 4, "fit_final": 1}[name]
 
     def dying(*arguments, **options):
         calls.append(1)
@@ -268,8 +274,8 @@ def test_a_calibration_killed_after_the_extraction_goes_on(stage, wrap, tokenize
         )
     model = wrap()
     result = spin_calibrate(model, tokenizer, rows, cache_dir=tmp_path, **options)
-    taps, heads = 7, 3 * 3  # heads: kinds x depths, both of the kinds included
-    left = {"fit_probes": (taps - 3, heads), "fit": (0, heads - 3), "fit_final": (0, 0)}[name]
+    heads = 3 * 3  # kinds x depths, both of the kinds included
+    left = {"fit_probes": (groups - stop_at + 1, heads), "fit": (0, heads - 3), "fit_final": (0, 0)}[name]
     assert (later.count("fit_probes"), later.count("fit")) == (left[0] + 1, left[1])
     for key, value in model.state_dict().items():
         assert torch.equal(value, whole.state_dict()[key]), key

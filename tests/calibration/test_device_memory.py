@@ -195,6 +195,18 @@ def test_the_budget_counts_scores_of_many_labels_and_all_folds():
     assert largest(10**7) == 1
 
 
+def test_a_cpu_solves_small_problems_together_and_large_ones_alone():
+    taps, cpu = [Tap("hidden", block) for block in range(1, 21)], torch.device("cpu")
+    places = [(tap, "mean") for tap in taps]
+
+    def sizes(rows, width, outputs=1):
+        widths = dict.fromkeys(taps, width)
+        return [len(group) for group in probes.in_groups(places, widths, rows, cpu, fits=6, outputs=outputs)]
+
+    assert sizes(300, 384) == [16, 4]
+    assert sizes(3000, 384) == sizes(100, 768) == sizes(300, 384, outputs=77) == [1] * 20
+
+
 @pytest.mark.parametrize(("what", "message"), [("taps", r"A probe of [\w.]+ on"), ("penalties", "A head on")])
 def test_a_model_that_does_not_fit_alone(what, message, wrap, tokenizer, rows, together):
     room, _ = together

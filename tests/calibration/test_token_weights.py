@@ -249,14 +249,24 @@ def test_a_large_gpu_holds_more_texts_and_a_full_one_none(monkeypatch):
         token_states.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total)
     )
     monkeypatch.setattr(token_states.torch.cuda, "mem_get_info", lambda device: (free, total))
-    small = token_states.most_bytes(gpu)
-    assert small == token_states.most_bytes(torch.device("cpu")) == 4 * gib
-    widths = {HIDDEN: 1024}
-    assert not token_states._fits(small, widths, gpu)  # nothing would be left to learn in
-    free = 10 * gib
-    assert token_states._fits(small, widths, gpu)
-    total = 80 * gib
-    assert token_states.most_bytes(gpu) == 20 * gib
+    monkeypatch.setattr(token_states.torch.cuda, "memory_reserved", lambda device: gib)
+    monkeypatch.setattr(token_states.torch.cuda, "memory_allocated", lambda device: gib)
+    monkeypatch.setattr(token_states, "states_widths", lambda *given: widths)
+    monkeypatch.setattr(token_states, "model_device", lambda model: gpu)
+    encoded, widths = SimpleNamespace(lengths=[256] * 5000, windows=None), {HIDDEN: 1024}
+    of_text = 2 * 256 * 1024
+    assert token_states.states_bytes(None, (), encoded) == 5000 * of_text  # all texts, whatever the card
+    assert token_states.states_place(None, (), encoded) == "the memory of cuda"
+    free = 5 * gib
+    assert token_states.states_place(None, (), encoded) == "disk"  # nothing would be left to learn in
+    widths = {HIDDEN: 20_000}
+    assert token_states.states_bytes(None, (), encoded) == 4 * gib
+    total = 80 * gib - 7 * 2**20
+    assert token_states.states_bytes(None, (), encoded) == 1000 * 2 * 256 * 20_000
+    widths = {HIDDEN: 200_000}
+    assert token_states.states_bytes(None, (), encoded) == 19 * gib
+    gpu = torch.device("cpu")
+    assert token_states.states_bytes(None, (), encoded) == 4 * gib
 
 
 def test_out_of_memory_while_learning(monkeypatch):
