@@ -28,7 +28,7 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 HEAD = """# Results
 
 What the commands of this folder measured. Each writes its own section when it is run with `--record`; nothing here is
-written by hand. Ratios compare what took turns in one run.
+written by hand but the notes in italics. Ratios compare what took turns in one run.
 """
 Rows = Sequence[Mapping[str, Any]]
 

@@ -17,9 +17,9 @@ def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
     """The tables and pictures of the rows of ``adaptation_table.py``."""
     found = [row for row in rows if row["per_class"] is not None and row["method"] in METHODS]
     sizes = sorted({row["per_class"] for row in found})
-    lines, series = [], []
-    for i, (model, task) in enumerate(pairs(found)):
-        name = f"{model}, {task}"
+    lines, charts = [], []
+    for model, task in pairs(found):
+        name, series = f"{model}, {task}", []
         for j, method in enumerate(METHODS):
             own = of(found, model=model, set=task, method=method)
             tests = {size: [row["test"] for row in of(own, per_class=size)] for size in sizes}
@@ -31,14 +31,16 @@ def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
             xs = tuple(size for size, drawn in tests.items() if drawn)
             ys = tuple(mean(tests[x]) for x in xs)
             low, high = (tuple(y + side * spread(tests[x]) for x, y in zip(xs, ys, strict=True)) for side in (-1, 1))
-            series.append(Series(f"{name}, {method}", xs, ys, i, j, low=low, high=high))
-    chart = Chart(
-        "studies-labels",
-        "Test score by the number of labels",
-        "Means of the draws of texts; bars are their standard deviation.",
-        "texts of each class",
-        "points",
-        tuple(series),
-        log_x=True,
-    )
-    return [table(["model, set", "method", *map(str, sizes)], lines)], [chart] if series else []
+            series.append(Series(method, xs, ys, j, j, low=low, high=high))
+        charts.append(
+            Chart(
+                f"studies-labels-{task}" if model == "MiniLM" else f"studies-labels-{model}-{task}",
+                f"Test score by the number of labels, {name}",
+                "Means of the draws of texts; bars are their standard deviation.",
+                "texts of each class",
+                "points",
+                tuple(series),
+                log_x=True,
+            )
+        )
+    return [table(["model, set", "method", *map(str, sizes)], lines)], charts

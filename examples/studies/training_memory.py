@@ -1,8 +1,8 @@
 """Peak memory of a calibration against training, on IMDb texts of 150 words: by number of texts, and by batch.
 
-Each measurement has a process of its own. Calibrations have the default settings, in float32; their batch is counted in
-tokens. Training is that of ``adaptation_table.py``: ``Trainer`` with AdamW, on a GPU with bfloat16 autocast; four steps
-for each size of batch, since more texts change nothing, and one epoch over more texts to show that.
+Each measurement has a process of its own. Calibrations have the default settings and a fifth held out, in float32;
+their batch is counted in tokens. Training is that of ``adaptation_table.py``: ``Trainer`` with AdamW, on a GPU with
+bfloat16 autocast; four steps for each size of batch, and one epoch over more texts, which takes little more.
 
     python examples/studies/training_memory.py --data DATA --models minilm PATH/TO/mpnet PATH/TO/SmolLM2-135M
 """
@@ -68,7 +68,7 @@ def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
                 by_texts.append(Series(method, tuple(r["texts"] for r in own), tuple(r[place] / GB for r in own), i, i))
                 continue
             own = sorted(
-                {row["batch"]: row for row in sorted(found, key=lambda r: -r["texts"])}.values(),
+                {row["batch"]: row for row in sorted(found, key=lambda r: r["texts"])}.values(),
                 key=lambda row: row["batch"],
             )
             by_batch.append(Series(method, tuple(r["batch"] for r in own), tuple(r[place] / GB for r in own), i, i))
