@@ -14,14 +14,7 @@ from spin_hf.calibration.errors import UnknownLabelError
 from spin_hf.prediction import predict
 from spin_hf.training import SpinTrainerCallback, add_gates
 
-QUICK = {
-    "progress": False,
-    "Cs": [0.05, 0.2],
-    "etas": (1.0,),
-    "poolings": ["mean"],
-    "kinds": ["ffn"],
-    "validation_fraction": 0.2,
-}
+QUICK = {"progress": False, "Cs": 3, "etas": (1.0,), "poolings": ["mean"], "kinds": ["ffn"], "validation_fraction": 0.2}
 
 
 @pytest.fixture
