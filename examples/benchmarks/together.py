@@ -2,7 +2,7 @@
 
 Paths of six taps of MiniLM on so many texts, of the first so many neurons of each: the six hidden taps, or for the
 widest the FFN taps. Both ways take turns; seconds are CPU time of one thread, and the median of ``--rounds`` counts.
-"together" tells what ``spin_calibrate`` would do.
+"together" tells what ``spin_calibrate`` would do with probes of as many texts.
 
     python examples/benchmarks/together.py --data DATA
 """

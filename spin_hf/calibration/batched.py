@@ -28,7 +28,7 @@ _POWER_ROUNDS = 30
 _LEAST_WIDTH = 2048  # features up to which all are read in every step
 _LEAST_WORKING = 512
 _MOST_ROUNDS = 20
-# Features, rows times features, and that times outputs, of what a CPU too solves together (benchmarks/together.py).
+# Features and rows times features (benchmarks/together.py), and that times outputs, of what a CPU too solves together.
 _SMALL_WIDTH, _SMALL, _SMALL_IN_ALL = 512, 2**17, 2**20
 
 

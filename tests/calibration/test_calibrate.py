@@ -244,7 +244,7 @@ def test_a_calibration_killed_after_the_extraction_goes_on(
     stage, together, wrap, tokenizer, rows, tmp_path, monkeypatch
 ):
     options = WHOLE if stage.endswith("final") else QUICK  # a head of several taps must win
-    monkeypatch.setattr(probes, "_MOST_TOGETHER", together)  # one tap after another, as those of large models
+    monkeypatch.setattr(probes, "_MOST_TOGETHER", together)  # of a large model one tap comes after another
     whole = wrap()
     expected = spin_calibrate(whole, tokenizer, rows, **options)
     owner, name = (HeadFitter, stage.split(".")[1]) if "." in stage else (stages, stage)
