@@ -258,8 +258,7 @@ def spin_calibrate(
             weighed: list[int] = []
             if weighted:
                 texts = Texts(encoded, data, pad, model.config.batching, batch_tokens)
-                drawn = ranks.on_main(lambda: learning_rows(model.spin, read, texts, seed))
-                weighed = [len(rows) for rows in drawn]
+                weighed = ranks.on_main(lambda: [len(rows) for rows in learning_rows(model.spin, read, texts, seed)])
                 if sum(weighed) < count:
                     show.say(f"Token weights are learned from {weighed[0]:,} texts and chosen on {weighed[1]:,}.")
                 with clock("token weights"), show.bar("Weighting tokens", PARTS) as advance:

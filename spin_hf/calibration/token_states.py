@@ -50,7 +50,7 @@ def states_bytes(model: SpinModel, taps: Sequence[Tap], encoded: Encoded) -> int
     needed = 2 * sum(states_widths(model, taps).values()) * sum(lengths)
     most, device = _MOST_BYTES, model_device(model)
     if device.type == "cuda":
-        gigabytes = torch.cuda.get_device_properties(device).total_memory // 2**30  # drivers keep some megabytes
+        gigabytes = round(torch.cuda.get_device_properties(device).total_memory / 2**30)  # drivers keep some megabytes
         most = max(most, min(gigabytes // _SHARE * 2**30, needed * _ENOUGH // len(lengths)))
     return min(most, needed)
 
