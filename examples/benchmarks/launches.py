@@ -25,6 +25,7 @@ from spin_hf import CalibrationResult, SpinForSequenceClassification
 from spin_hf.taps import Tap
 
 HERE = Path(__file__).parent
+ANSWERS = ("logits", "exit_logits")  # of the classifier and of its exits, among the tensors of a run
 Row = dict[str, Any]
 
 
@@ -110,7 +111,7 @@ class Bench:
         """The folder of a calibration by ``count`` processes; its features stay only where one is killed.
 
         Args:
-            deep: on :meth:`deep_rows`; otherwise on all ``--texts``, whose labels words carry.
+            deep: on :meth:`deep_rows`, and with exits; otherwise on all ``--texts``, whose labels words carry.
             name: tells it from others by as many processes.
             more: options of the worker.
         """
@@ -123,7 +124,7 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)  # with features that would not be read again
         options = {
             **{"backbone": self.backbone(shape), "texts": texts, "tokens": given.tokens, "dtype": given.dtype},
-            **{"batch_tokens": given.batch_tokens, "Cs": given.Cs, "poolings": given.poolings, **more},
+            **{"batch_tokens": given.batch_tokens, "Cs": given.Cs, "poolings": given.poolings, "exits": deep, **more},
             **({"rows": self.deep_rows(shape)} if deep else {}),
         }
         began = time.monotonic()
@@ -208,6 +209,7 @@ def chosen(out: Path) -> Row:
     result = record(out)
     taps = {Tap.parse(entry["tap"]) for entry in result.kept}
     deepest = {kind: max((tap.block for tap in taps if tap.kind == kind), default=None) for kind in ("ffn", "hidden")}
+    told = about(out)["exit_taps"]
     return {
         "chosen": result.chosen.name,
         "score": round(result.chosen.score, 4),
@@ -215,6 +217,8 @@ def chosen(out: Path) -> Row:
         "taps_read": len(taps),
         "deepest_ffn": "none" if deepest["ffn"] is None else deepest["ffn"],
         "deepest_hidden": "none" if deepest["hidden"] is None else deepest["hidden"],
+        "exits": len(told),
+        "taps_read_by_exits": f"{min(told)} to {max(told)}" if told else "n/a",
     }
 
 
@@ -232,7 +236,7 @@ def compared(out: Path, alone: Path, count: int) -> Row:
         for name in wanted.keys() | found.keys():
             difference = _difference(found.get(name), wanted.get(name))
             unequal += difference != 0
-            if name == "logits":
+            if name in ANSWERS:
                 logits = max(logits, difference)
             else:
                 heads = max(heads, difference)
@@ -245,7 +249,7 @@ def compared(out: Path, alone: Path, count: int) -> Row:
         "record_differs_by": largest,
         "head_differs_by": heads,
         "logits_differ_by": logits,
-        "largest_logit": float(wanted["logits"].abs().max()),
+        "largest_logit": max(float(wanted[name].abs().max()) for name in ANSWERS if name in wanted),
         "tolerance": 0,
     }
 

@@ -8,12 +8,14 @@ Random weights of a real shape and texts made here; each part prints its rows as
 - ``trainer``: a few steps with the frozen backbone and with LoRA on one GPU and under DDP, and with LoRA under FSDP,
   which accelerate runs on GPUs only.
 
-``split`` and ``killed`` read ``--few`` texts whose labels deep neurons carry, so that the classifier reads deep taps.
-What is compared of a calibration is all of it: every value of its record but the seconds (of each candidate score,
-loss, C and neurons, of each probe the score at every C), the config, neurons, shift, scale and head, and the logits of
-unseen texts, of each process. They must be equal to the bit (tolerance 0), since work is shared by whole batches, taps
-and heads. Training is another matter: batches of half the size are summed in another order. Its weights may differ by
-1e-3 of the way that they went, beyond what rounding them at each step can make, its losses by 1e-4 of themselves.
+``split`` and ``killed`` read ``--few`` texts whose labels deep neurons carry, so that the classifier reads deep taps,
+and keep exits, so that heads on many taps are compared even where a single probe is best. What is compared of a
+calibration is all of it: every value of its record but the seconds (of each candidate score, loss, C and neurons, of
+each probe the score at every C), the config, neurons, shift, scale and head, those of the exits, and the logits of
+unseen texts that the classifier and each exit give, of each process. They must be equal to the bit (tolerance 0), since
+work is shared by whole batches, taps and heads. Training is another matter: batches of half the size are summed in
+another order. Its weights may differ by 1e-3 of the way that they went, beyond what rounding them at each step can
+make, its losses by 1e-4 of themselves.
 
 Give ``--folder`` to keep what runs found, and not to run these again.
 
@@ -113,7 +115,7 @@ def _killed(bench: Bench, shape: str, count: int) -> Row:
     row = {"shape": shape, "processes": count, "texts": [given.few, given.tokens], "batches": batches}
     out, said = bench.folder / bench.name(shape, given.few, count, "deep", "killed"), ""
     try:
-        bench.calibrate(shape, count, deep=True, name="killed", kill_at=max(2, batches // count // 2))
+        bench.calibrate(shape, count, deep=True, name="killed", kill_at=max(4, batches // count // 2))
     except Failed as error:
         said = str(error)
     ended = time.time()

@@ -79,15 +79,18 @@ def calibrate(options: dict[str, Any]) -> None:
             validation_fraction=0.2,
             batch_tokens=options["batch_tokens"],
             cache_dir=out / "cache",
+            exits=options["exits"],
             progress=False,
         )
     # All that this process has of the outcome: the record, the config, each tensor but for the backbone's, the answers.
     result.save(out / f"calibration.{rank()}.json")
     (out / f"config.{rank()}.json").write_text(model.config.to_json_string())
-    logits = predict(model, tokenizer, make_rows(COMPARED, options["tokens"], seed=1)["text"]).logits
+    texts = make_rows(COMPARED, options["tokens"], seed=1)["text"]
     found = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("spin.backbone.")}
-    found = {name: tensor.cpu().contiguous() for name, tensor in found.items()}
-    save_file({**found, "logits": torch.from_numpy(logits).contiguous()}, out / f"found.{rank()}.safetensors")
+    found["logits"] = torch.from_numpy(predict(model, tokenizer, texts).logits)
+    if options["exits"]:
+        found["exit_logits"] = exit_logits(model, tokenizer, texts)
+    save_file({name: value.cpu().contiguous() for name, value in found.items()}, out / f"found.{rank()}.safetensors")
     of_all = accelerate.utils.gather_object([{"seconds": seconds, "peak": _peak()}])
     if rank():
         return
@@ -96,8 +99,21 @@ def calibrate(options: dict[str, Any]) -> None:
         "busy": [each["seconds"] for each in of_all],
         "peak_gpu_gb": [gb for each in of_all for gb in each["peak"]],
         "weights_gb": {device: size / 1e9 for device, size in sorted(held.items())},
+        "exit_taps": [len(model.exits.select(number).kept) for number in range(len(model.config.exits))],
     }
     (out / "about.json").write_text(json.dumps(about))
+
+
+@torch.no_grad()
+def exit_logits(
+    model: SpinForSequenceClassification, tokenizer: hf.PreTrainedTokenizerBase, texts: list[str]
+) -> torch.Tensor:
+    """What each exit answers ``(texts, exits, labels)``; texts are of one length."""
+    found = []
+    for first in range(0, len(texts), 16):
+        batch = tokenizer(texts[first : first + 16], return_tensors="pt").to(model.device)
+        found.append(model(**batch, output_exits=True).exit_logits)
+    return torch.cat(found)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ from spin_hf.demo import backbone_folder
 
 SETS = ("sst2", "imdb")
 IMDB_ROWS = 5000  # in all, as the target says
-STAGES = ("tokenize", "extract", "probe", "heads")
+STAGES = ("tokenize", "token weights", "extract", "probe", "heads")
 
 
 class Bare:
@@ -142,7 +142,7 @@ def measure(
             total = now() - started
         disk.done.set()
         disk.join()
-    stages = {stage: result.seconds[stage] for stage in STAGES}
+    stages = {stage: result.seconds.get(stage, 0.0) for stage in STAGES}
     stages["extract"] -= bare.seconds + bare.first
     total -= bare.seconds + bare.first
     over = {stage: stages[stage] - (bare.seconds if stage == "extract" else 0) for stage in STAGES}

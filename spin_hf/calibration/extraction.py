@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ from ..pooling import PositionsError, pool
 from ..spin_model import SpinModel
 from ..taps import Tap, model_device
 from ..windows import Windows
+from .behind import Arriving, Behind
 from .errors import CalibrationError, EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
 from .fingerprint import vocabulary_of
 from .halving import in_halves, is_out_of_memory, no_room
@@ -29,6 +32,7 @@ from .tokens import Tokens
 
 _TEXTS_AT_ONCE = 1000  # a tokenizer's own record of a text takes a hundred bytes a token
 _NO_LIMIT = 10**6  # tokenizers without a limit report an absurdly large one
+_THREADS = min(8, os.cpu_count() or 1)  # that hash weights, each with a copy of one where these lie on a device
 _PROVENANCE = ("_name_or_path", "architectures", "dtype", "transformers_version")  # no feature depends on these
 
 
@@ -164,10 +168,17 @@ def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], pooling
     digest.update(repr((model.layout, sorted(settings.items(), key=str))).encode())
     if encoded.windows is not None:
         digest.update(repr(encoded.windows).encode())
-    for name, tensor in model.backbone.state_dict().items():
-        digest.update(name.encode())
-        weight = (_offloaded(model.backbone, name) if tensor.is_meta else tensor).detach().cpu()
-        digest.update(weight.contiguous().view(-1).view(torch.uint8).numpy().data)
+    weights = model.backbone.state_dict()
+
+    def of_weight(name: str) -> bytes:
+        weight = _offloaded(model.backbone, name) if weights[name].is_meta else weights[name].detach().cpu()
+        return hashlib.sha256(weight.contiguous().view(-1).view(torch.uint8).numpy().data).digest()
+
+    # Hashing leaves other threads their turn. Weights that lie elsewhere are fetched one module at a time.
+    offloaded = any(weight.is_meta for weight in weights.values())
+    with ThreadPoolExecutor(1 if offloaded else _THREADS) as pool:
+        for name, own in zip(weights, pool.map(of_weight, weights), strict=True):
+            digest.update(name.encode() + own)
     for rows in (encoded.input_ids, encoded.token_type_ids or []):
         for row in rows:
             digest.update(np.asarray([len(row), *row], dtype=np.int64).tobytes())
@@ -184,8 +195,8 @@ def extract(
     advance: Callable[[int], Any],
     queries: Mapping[Tap, Tensor] | None = None,
 ) -> None:
-    """Compute some batches of the store's plan and write them there. One that does not fit the device's memory is read
-    in halves, down to single texts, and the store keeps how many parts it took.
+    """Compute some batches of the store's plan and write them there, each while the next ones are computed. One that
+    does not fit the device's memory is read in halves, down to single texts; the store keeps how many parts it took.
 
     Args:
         numbers: of the batches.
@@ -207,7 +218,7 @@ def extract(
     reduce = pool if encoded.windows else pool_prefix  # windows pool some tokens in their middle
     start = functools.partial(_Whole, reduce, store.poolings, queries or {})
 
-    def run(rows: Sequence[int]) -> dict[Tap, np.ndarray]:
+    def run(rows: Sequence[int]) -> Arriving[Tap]:
         batch = pad([encoded.input_ids[row] for row in rows], pad_token_id).to(device)
         mask = pad([[1] * lengths[row] for row in rows], 0).to(device)
         types = None
@@ -221,18 +232,24 @@ def extract(
             if len(rows) == 1 and is_out_of_memory(error):
                 raise no_room(lengths[rows[0]], device, error) from error
             raise
-        return {tap: torch.stack(parts, 1).cpu().numpy() for tap, parts in pooled.items()}
+        return Arriving({tap: torch.stack(parts, 1) for tap, parts in pooled.items()})
 
-    with model.hooked(list(dict.fromkeys((*taps, *sources(poolings))))), closing(store):
+    def write(number: int, parts: list[Arriving[Tap]]) -> int:
+        found = [part.arrays() for part in parts]
+        arrays = {tap: np.concatenate([part[tap] for part in found]) for tap in taps} if found[1:] else found[0]
+        for tap, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise not_finite(tap, f"batch {number}")
+        store.write(number, arrays, parts=len(parts))
+        return sum(lengths[row] for row in store.batches[number])
+
+    with (
+        model.hooked(list(dict.fromkeys((*taps, *sources(poolings))))),
+        closing(store),
+        Behind(write, advance) as written,
+    ):
         for number in numbers:
-            rows = store.batches[number].tolist()
-            parts = in_halves(rows, run)
-            arrays = {tap: np.concatenate([part[tap] for part in parts]) for tap in taps} if parts[1:] else parts[0]
-            for tap, array in arrays.items():
-                if not np.isfinite(array).all():
-                    raise not_finite(tap, f"batch {number}")
-            store.write(number, arrays, parts=len(parts))
-            advance(sum(lengths[row] for row in rows))
+            written(number, in_halves(store.batches[number].tolist(), run))
 
 
 def not_finite(tap: Tap, where: str) -> NonFiniteFeaturesError:

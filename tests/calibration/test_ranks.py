@@ -71,8 +71,8 @@ def test_killed_and_gone_on_with_two_processes_or_with_one(alone, tmp_path):
     batch = random.randint(2, 5)
     killed = tmp_path / "killed"
     assert launch("calibrate", killed, KILL_AT=str(batch))[1] == -9, batch
-    records = {path.name: path.read_text().split("\n") for path in killed.glob("cache/*/done.*")}
-    assert len([line for line in records["done.1"] if line]) == batch - 1
+    records = [line for path in killed.glob("cache/*/done.1") for line in path.read_text().split("\n") if line]
+    assert batch - 3 <= len(records) < batch  # two may have waited to be written
     shutil.copytree(killed, tmp_path / "again")
     launch("calibrate", tmp_path / "again")
     for rank in range(2):
