@@ -41,7 +41,7 @@ class TokenWeights:
         self._by_source: dict[Tap, list[Tap]] = {}
         for tap in queries:
             self._by_source.setdefault(source(tap), []).append(tap)
-        self._queries, self._mask = queries, mask
+        self._queries, self._real = queries, mask.bool()
         self._weights: dict[Tap, tuple[Tensor, Tensor]] = {}
 
     def see(self, tap: Tap, values: Tensor) -> None:
@@ -50,14 +50,16 @@ class TokenWeights:
         if not served:
             return
         with torch.autocast(values.device.type, enabled=False):
-            padding = self._mask.to(device=values.device, dtype=torch.bool).logical_not()[..., None]
-            queries = torch.stack([self._queries[each] for each in served], 1).to(values.device)
-            scores = values.float() @ queries  # padding may hold NaN, so it is filled afterwards
-            scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
-            mass = scores.logsumexp(1)
-            weights = scores.softmax(1).masked_fill(padding, 0.0)
-        for each, weight, own in zip(served, weights.unbind(2), mass.unbind(1), strict=True):
+            self._real = self._real.to(values.device)
+            weights, mass = self.weigh(values, torch.stack([self._queries[each] for each in served]).to(values.device))
+        for each, weight, own in zip(served, weights, mass, strict=True):
             self._weights[each] = weight, own
+
+    def weigh(self, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`of` gives, ``(queries, rows, tokens)`` and ``(queries, rows)``, for ``(queries, width)``."""
+        scores = (values.float() @ queries.T).movedim(2, 0)  # padding may hold NaN, so it is filled afterwards
+        scores = scores.masked_fill(~self._real, torch.finfo(scores.dtype).min)
+        return scores.softmax(2).masked_fill(~self._real, 0.0), scores.logsumexp(2)
 
     def of(self, tap: Tap) -> tuple[Tensor, Tensor]:
         """Weights of a tap's tokens ``(rows, tokens)``, of sum 1, and the logarithm of their normaliser ``(rows,)``."""
@@ -69,8 +71,12 @@ class TokenWeights:
         """
         weights, mass = (part.to(values.device) for part in self.of(tap))
         with torch.autocast(values.device.type, enabled=False):
-            filled = values.masked_fill(weights[..., None] == 0, 0.0).float()
-            return torch.cat([(weights[:, None] @ filled)[:, 0], mass[:, None]], 1)
+            return self.average(values, weights, mass)
+
+    def average(self, values: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
+        """What :meth:`pool` gives, for weights and normalisers as of :meth:`of`."""
+        filled = values.masked_fill(weights[..., None] == 0, 0.0).float()
+        return torch.cat([(weights[:, None] @ filled)[:, 0], mass[:, None]], 1)
 
 
 def join(values: Tensor, mask: Tensor) -> Tensor:

@@ -154,10 +154,12 @@ def test_compile_benchmark():
 
 def test_extraction_benchmark():
     options = ("--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--rounds", 2, "--batch", 3, "--tokens", 9)
-    found = json.loads(run_example("benchmarks/extraction.py", *options))
-    assert found["taps"] == 10
-    assert found["largest_relative_difference"] == 0
-    assert min(found["milliseconds"].values()) > 0
+    rows = [json.loads(line) for line in run_example("benchmarks/extraction.py", *options).splitlines()]
+    assert [row["poolings"] for row in rows] == [["attention"], ["mean", "max"]]
+    for found in rows:
+        assert found["taps"] == 10
+        assert found["largest_relative_difference"] == 0
+        assert min(found["milliseconds"].values()) > 0
 
 
 def test_inference_benchmark_writes_its_section(tmp_path):

@@ -1,7 +1,7 @@
 """Reading all taps against the bare forward: what pooling inside the hooks adds to it.
 
-Random weights of a real shape, one batch; bare forward, pooling in plain torch and by the kernel take turns, and
-the medians are compared. The features of the two poolings must agree.
+Random weights of a real shape, one batch; bare forward, pooling in plain torch and by the kernels take turns, and
+the medians are compared. The features of the two must agree. The default of a calibration is ``attention``.
 
     python examples/benchmarks/extraction.py --shape llama-1b gpt2-xl            # on a GPU
     python examples/benchmarks/extraction.py --shape tiny --dtype float32 --device cpu
@@ -10,39 +10,50 @@ the medians are compared. The features of the two poolings must agree.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
+from unittest import mock
 
 import results
 import torch
 from shapes import SHAPES, make
 
 from spin_hf import SpinForSequenceClassification
-from spin_hf.calibration.one_pass import pool_prefix
-from spin_hf.pooling import pool
+from spin_hf.attention import ATTENTION, source
+from spin_hf.calibration import one_pass
+from spin_hf.calibration.extraction import PooledWhole
+from spin_hf.taps import tap_width
 
 
-def measure(shape: str, arguments: argparse.Namespace) -> dict:
+def measure(shape: str, poolings: list[str], arguments: argparse.Namespace) -> dict:
     backbone = make(shape, dtype=getattr(torch, arguments.dtype), device=arguments.device)
     spin = SpinForSequenceClassification.from_backbone(backbone).spin
     ids = torch.randint(0, SHAPES[shape].vocab_size, (arguments.batch, arguments.tokens), device=arguments.device)
     mask = torch.ones_like(ids)
-    poolings = dict.fromkeys(spin.taps, tuple(arguments.poolings))
+    queries = {}
+    if ATTENTION in poolings:
+        drawn = {
+            tap: torch.randn(tap_width(backbone, spin.layout, tap), device=arguments.device) / 100
+            for tap in dict.fromkeys(map(source, spin.taps))
+        }
+        queries = {tap: drawn[source(tap)] for tap in spin.taps}
+    start = functools.partial(PooledWhole, one_pass.pool_prefix, poolings, queries)
     found = {}
 
     def bare() -> None:
         spin.run_backbone(ids, mask)
 
-    def reading(how):
-        def read(tap, values, mask):
-            return list(how(values, mask, arguments.poolings).unbind(1))
+    def kernels() -> None:
+        by_tap = dict.fromkeys(spin.taps, poolings)
+        found[kernels] = spin.read_taps(by_tap, start, mask, ids, None, windows=None)
 
-        def run() -> None:
-            found[how] = spin.pooled(poolings, read, mask, ids, windows=None)
+    def plain() -> None:
+        with mock.patch.object(one_pass, "_has_triton", return_value=False):
+            kernels()
+        found[plain] = found.pop(kernels)
 
-        return run
-
-    variants = {"bare": bare, "plain": reading(pool), "kernel": reading(pool_prefix)}
+    variants = {"bare": bare, "plain": plain, "kernel": kernels}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     with torch.no_grad():
         for number in range(arguments.rounds + 3):
@@ -58,7 +69,7 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict:
     off = max(
         float(((a - b).abs() / b.abs().clamp_min(1e-2)).max())
         for tap in spin.taps
-        for a, b in zip(found[pool_prefix][tap], found[pool][tap], strict=True)
+        for a, b in zip(found[kernels][tap], found[plain][tap], strict=True)
     )
     return {
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device,
@@ -67,7 +78,7 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict:
         "dtype": arguments.dtype,
         "batch": [arguments.batch, arguments.tokens],
         "taps": len(spin.taps),
-        "poolings": arguments.poolings,
+        "poolings": poolings,
         "milliseconds": {name: round(1000 * value, 2) for name, value in medians.items()},
         "ratio": {name: round(medians[name] / medians["bare"], 3) for name in ("plain", "kernel")},
         "largest_relative_difference": off,
@@ -86,10 +97,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--poolings", nargs="+", default=["mean", "max"])
+    parser.add_argument("--poolings", nargs="+", action="append", help="default: attention, and mean and max")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
-    rows = [measure(shape, arguments) for shape in arguments.shape]
+    every = arguments.poolings or [[ATTENTION], ["mean", "max"]]
+    rows = [measure(shape, poolings, arguments) for poolings in every for shape in arguments.shape]
     results.report(arguments.record, f"Extraction: {' '.join(arguments.shape)}, {arguments.device}", rows)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..attention import ATTENTION, TokenWeights, sources
+from ..attention import ATTENTION, sources
 from ..modeling_spin import SpinForSequenceClassification
 from ..pooling import PositionsError, pool
 from ..spin_model import SpinModel
@@ -26,7 +26,7 @@ from .behind import Arriving, Behind
 from .errors import CalibrationError, EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
 from .fingerprint import vocabulary_of
 from .halving import in_halves, is_out_of_memory, no_room
-from .one_pass import pool_prefix
+from .one_pass import TokenWeightsInOnePass, pool_prefix
 from .store import FORMAT, FeatureStore
 from .tokens import Tokens
 
@@ -216,7 +216,7 @@ def extract(
     device = model_device(model)
 
     reduce = pool if encoded.windows else pool_prefix  # windows pool some tokens in their middle
-    start = functools.partial(_Whole, reduce, store.poolings, queries or {})
+    start = functools.partial(PooledWhole, reduce, store.poolings, queries or {})
 
     def run(rows: Sequence[int]) -> Arriving[Tap]:
         batch = pad([encoded.input_ids[row] for row in rows], pad_token_id).to(device)
@@ -260,8 +260,15 @@ def not_finite(tap: Tap, where: str) -> NonFiniteFeaturesError:
     )
 
 
-class _Whole:
-    """Pools all neurons of the taps, of one forward."""
+class PooledWhole:
+    """Pools all neurons of the taps, of one forward.
+
+    Args:
+        reduce: pools ``(rows, tokens, neurons)`` by a mask and the names of poolings.
+        poolings: of each neuron.
+        queries: of the token weights of each tap, if ``attention`` is one.
+        mask: of the tokens to pool.
+    """
 
     def __init__(
         self,
@@ -272,7 +279,7 @@ class _Whole:
     ) -> None:
         self._reduce, self._poolings, self._mask = reduce, poolings, mask
         self._plain = [name for name in poolings if name != ATTENTION]
-        self._wanted, self._weights = queries, TokenWeights(queries, mask)
+        self._wanted, self._weights = queries, TokenWeightsInOnePass(queries, mask)
         self._found: dict[Tap, list[Tensor]] = {}
 
     def read(self, tap: Tap, values: Tensor) -> None:

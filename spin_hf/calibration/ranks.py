@@ -6,6 +6,7 @@ split, and what the pieces gave is put together in the order of the pieces, whoe
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import time
@@ -56,6 +57,8 @@ class Ranks:
         without = not torch.accelerator.is_available() or torch.backends.mps.is_available()
         options = {} if joined else {"timeout": _PATIENCE}
         state = PartialState(cpu=without or parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
+        if not joined:
+            atexit.register(_leave)
         return cls(state.process_index, state.num_processes, state.device)
 
     @property
@@ -192,6 +195,12 @@ def ending_together(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def _leave() -> None:
+    """End what this process has joined itself: left to the end of the interpreter, gloo's threads at times abort it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _balanced(costs: Sequence[float], parts: int) -> list[list[int]]:

@@ -1,10 +1,12 @@
-"""Pooling in one pass gives what the plain pooling gives; the kernel itself needs a GPU."""
+"""Pooling in one pass gives what the plain pooling gives; the kernels themselves need a GPU."""
 
 import pytest
 import torch
 
-from spin_hf.calibration.one_pass import pool_prefix
+from spin_hf.attention import TokenWeights
+from spin_hf.calibration.one_pass import TokenWeightsInOnePass, pool_prefix
 from spin_hf.pooling import POOLINGS, pool
+from spin_hf.taps import Tap
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
@@ -33,6 +35,25 @@ def test_padding_may_hold_nan_and_a_token_that_does_is_seen(device):
     found = pool_prefix(values, mask, ["mean", "max"])[2]
     assert found[:, 3].isnan().all()
     assert not found[:, [0, 1, 2, 4, 5, 6, 7]].isnan().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("width", "neurons"), [(1, 1), (100, 300), (128, 256)])
+def test_token_weights_are_the_plain_ones(device, dtype, width, neurons):
+    hidden, mask = batch(device, dtype, 2 * width)
+    values, _ = batch(device, dtype, neurons)
+    hidden, values = hidden[..., :width], values.masked_fill(~mask.bool()[..., None], float("nan"))
+    mask[1], mask[2, 3] = 0, 0  # a window may have no token to pool, and some in its middle that are not
+    draw = torch.Generator().manual_seed(1)
+    queries = {tap: torch.randn(width, generator=draw).to(device) for tap in (Tap("hidden", 0), Tap("ffn", 1))}
+    found, plain = (kind(queries, mask) for kind in (TokenWeightsInOnePass, TokenWeights))
+    for tap, own in ((Tap("hidden", 0), hidden), (Tap("ffn", 1), values)):
+        for weights in (found, plain):
+            weights.see(tap, own)
+        for one, other in zip(found.of(tap), plain.of(tap), strict=True):
+            torch.testing.assert_close(one, other)
+        torch.testing.assert_close(found.pool(tap, own), plain.pool(tap, own))
 
 
 @pytest.mark.parametrize("device", DEVICES)
