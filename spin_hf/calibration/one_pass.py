@@ -1,5 +1,5 @@
-"""Pooling on a GPU in one pass over the activations: what must be read is read once, for mean and max together, and as
-it is, not made float32 first.
+"""Pooling of all neurons in one pass over the activations: on a GPU by kernels that read them as they are, once for
+mean and max together; on a CPU without a copy whose padding is filled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..pooling import pool
 
 
 def pool_prefix(values: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:
-    """:func:`spin_hf.pooling.pool` of right-padded rows; on CUDA by a Triton kernel.
+    """:func:`spin_hf.pooling.pool` of right-padded rows.
 
     Args:
         values: activations ``(batch, tokens, neurons)``.
@@ -26,21 +26,48 @@ def pool_prefix(values: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor
     Returns:
         ``(batch, len(poolings), neurons)`` in float32.
     """
-    fused = [name for name in poolings if name in ("mean", "max")]
-    if not fused or not _usable(values) or values.shape[1] != mask.shape[1]:
+    wanted = [name for name in poolings if name in ("mean", "max")]
+    if not wanted or values.shape[1] != mask.shape[1] or not (values.is_cpu or _usable(values)):
         return pool(values, mask, poolings)
-    from .triton_pooling import mean_and_max
+    if values.is_cpu:
+        found = torch.stack([_mean(values, mask) if name == "mean" else _max(values, mask) for name in wanted], 1)
+    else:
+        from .triton_pooling import mean_and_max
 
-    found = mean_and_max(values, mask.to(values.device).sum(1, dtype=torch.int32))
-    by_name = {"mean": found[:, 0], "max": found[:, 1]}
+        wanted, found = ["mean", "max"], mean_and_max(values, mask.to(values.device).sum(1, dtype=torch.int32))
+    if list(poolings) == wanted:
+        return found
+    by_name = dict(zip(wanted, found.unbind(1), strict=True))
     others = [name for name in poolings if name not in by_name]
     if others:
         by_name |= dict(zip(others, pool(values, mask, others).unbind(1), strict=True))
-    return found if list(poolings) == ["mean", "max"] else torch.stack([by_name[name] for name in poolings], 1)
+    return torch.stack([by_name[name] for name in poolings], 1)
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    return _weighted_sum(values, mask / mask.sum(1, keepdim=True, dtype=torch.float32))
+
+
+def _max(values: Tensor, mask: Tensor) -> Tensor:
+    real = mask.bool()
+    shared = int(real.sum(1).min())  # tokens that all rows have
+    found = values[:, :shared].amax(1)
+    if shared < values.shape[1]:
+        rest = values[:, shared:].masked_fill(~real[:, shared:, None], -torch.inf).amax(1)
+        found = torch.maximum(found, rest)
+    return found.float()
+
+
+def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    """Sums over the tokens ``(rows, neurons)``, float32, of all whose weight is not zero, on a CPU."""
+    found = (weights[:, None] @ values.float())[:, 0]
+    if not found.isfinite().all():  # padding may hold NaN
+        found = (weights[:, None] @ values.masked_fill(weights[..., None] == 0, 0.0).float())[:, 0]
+    return found
 
 
 class TokenWeightsInOnePass(TokenWeights):
-    """:class:`spin_hf.attention.TokenWeights`; on CUDA by Triton kernels."""
+    """:class:`spin_hf.attention.TokenWeights` of all neurons of the taps."""
 
     def weigh(self, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         if not _usable(values):
@@ -50,6 +77,8 @@ class TokenWeightsInOnePass(TokenWeights):
         return token_weights(values, queries, self._real)
 
     def average(self, values: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
+        if values.is_cpu:
+            return torch.cat([_weighted_sum(values, weights), mass[:, None]], 1)
         if not _usable(values):
             return super().average(values, weights, mass)
         from .triton_pooling import weighted_sum
