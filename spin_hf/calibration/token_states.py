@@ -107,23 +107,36 @@ class States:
     Attributes:
         rows: of the calibration, in the order of the texts here; those from ``trained`` on evaluate.
         starts: where each text's tokens begin, and where the last one's end.
+        in_files: rather than in the device's memory.
     """
 
     values: Mapping[Tap, Tensor]
     rows: np.ndarray
     trained: int
     starts: np.ndarray
+    in_files: bool
 
     @classmethod
     @contextmanager
     def reading(
-        cls, model: SpinModel, widths: Mapping[Tap, int], texts: Texts, parts: Sequence[np.ndarray], folder: Path
+        cls,
+        model: SpinModel,
+        widths: Mapping[Tap, int],
+        texts: Texts,
+        parts: Sequence[np.ndarray],
+        folder: Path,
+        *,
+        in_files: bool,
     ) -> Iterator[States]:
+        """Read the texts of these rows; into files of the folder if so told, or where the device has no room."""
         lengths = _lengths(texts.encoded)
         rows = np.concatenate(parts)
         starts = np.concatenate([[0], np.cumsum([lengths[row] for row in rows])])
-        with _room(widths, int(starts[-1]), model_device(model), folder / "states") as values:
-            found = cls(values, rows, len(parts[0]), starts)
+        tokens, device, folder = int(starts[-1]), model_device(model), folder / "states"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        held = {} if in_files else _in_memory(widths, tokens, device)
+        with _kept(held) if held else _files(widths, tokens, folder) as values:
+            found = cls(values, rows, len(parts[0]), starts, in_files=not held)
             found._read(model, texts, lengths)
             yield found
 
@@ -193,17 +206,17 @@ class _Step:
 
 
 @contextmanager
-def _room(widths: Mapping[Tap, int], tokens: int, device: torch.device, folder: Path) -> Iterator[Mapping[Tap, Tensor]]:
-    """Room for the states: a GPU's memory where that leaves enough to learn in, files in the folder otherwise."""
+def _kept(held: dict[Tap, Tensor]) -> Iterator[Mapping[Tap, Tensor]]:
+    try:
+        yield held
+    finally:
+        held.clear()
+        torch.cuda.empty_cache()  # others may need it
+
+
+@contextmanager
+def _files(widths: Mapping[Tap, int], tokens: int, folder: Path) -> Iterator[Mapping[Tap, Tensor]]:
     needed = 2 * tokens * sum(widths.values())
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    if _fits(needed, widths, device) and (held := _held(widths, tokens, device)):
-        try:
-            yield held
-        finally:
-            held.clear()
-            torch.cuda.empty_cache()  # others may need it
-        return
     try:
         try:
             folder.mkdir()
@@ -235,8 +248,10 @@ def _fits(needed: int, widths: Mapping[Tap, int], device: torch.device) -> bool:
     return 2 * needed + 3 * 4 * step <= torch.cuda.mem_get_info(device)[0] + unused
 
 
-def _held(widths: Mapping[Tap, int], tokens: int, device: torch.device) -> dict[Tap, Tensor]:
-    """Room on the device, or nothing: others may have been quicker."""
+def _in_memory(widths: Mapping[Tap, int], tokens: int, device: torch.device) -> dict[Tap, Tensor]:
+    """Room on a GPU that leaves enough to learn in, or nothing: others may also be quicker."""
+    if not _fits(2 * tokens * sum(widths.values()), widths, device):
+        return {}
     try:
         return {tap: torch.empty(tokens, width, dtype=torch.float16, device=device) for tap, width in widths.items()}
     except RuntimeError as error:

@@ -242,6 +242,24 @@ def test_memory_that_others_took_meanwhile_is_not_needed(monkeypatch):
     assert not result.differences(expected)
 
 
+def test_out_of_memory_with_states_in_memory_learns_from_files(monkeypatch):
+    rows = one_word_counts(60), one_word_counts(30, 1)
+    _, _, expected = calibrate(*rows, seed=0)
+    train, places = token_weights._train, []
+
+    def full(states, *more):
+        places.append(states.in_files)
+        if not states.in_files:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        return train(states, *more)
+
+    monkeypatch.setattr(token_states, "_fits", lambda *size: True)
+    monkeypatch.setattr(token_weights, "_train", full)
+    _, _, result = calibrate(*rows, seed=0)
+    assert places == [False, True]
+    assert not result.differences(expected)
+
+
 def test_a_large_gpu_holds_more_texts_and_a_full_one_none(monkeypatch):
     gpu, gib = torch.device("cuda"), 2**30
     total, free = 16 * gib, 8 * gib
