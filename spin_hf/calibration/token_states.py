@@ -177,11 +177,9 @@ class States:
                 begin = place
         return [*found, slice(begin, last)]
 
-    def load(self, tap: Tap, own: slice, step: _Step) -> Tensor:
-        """States of some texts ``(texts, tokens, width)``, float32, zeros behind a text's end."""
-        tokens = self.values[tap][self.starts[own.start] : self.starts[own.stop]].to(step.mask.device).float()
-        found = tokens.new_zeros(step.mask.numel(), tokens.shape[1])
-        return found.index_copy_(0, step.places, tokens).view(*step.mask.shape, -1)
+    def load(self, tap: Tap, own: slice, device: torch.device) -> Tensor:
+        """States of the tokens of some texts, one text after another: ``(tokens, width)``, float32."""
+        return self.values[tap][self.starts[own.start] : self.starts[own.stop]].to(device).float()
 
     def step(self, own: slice, device: torch.device) -> _Step:
         return _Step.of(np.diff(self.starts[own.start : own.stop + 1]), device)
@@ -203,6 +201,11 @@ class _Step:
     def of(cls, lengths: np.ndarray, device: torch.device) -> _Step:
         mask = np.arange(lengths.max()) < lengths[:, None]
         return cls(torch.from_numpy(mask).to(device), torch.from_numpy(np.flatnonzero(mask)).to(device))
+
+    def padded(self, tokens: Tensor) -> Tensor:
+        """Values of the real tokens ``(tokens, width)`` as ``(texts, tokens, width)``, zeros behind a text's end."""
+        found = tokens.new_zeros(self.mask.numel(), tokens.shape[1])
+        return found.index_copy(0, self.places, tokens).view(*self.mask.shape, -1)
 
 
 @contextmanager

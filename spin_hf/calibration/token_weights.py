@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..attention import source
 from ..spin_model import SpinModel
@@ -117,11 +118,12 @@ class _Weighted(nn.Module):
         self.mean, self.scale = [], []
         for values in states.values.values():
             some = values[:: 1 + len(values) // SAMPLE].to(bias.device).float()
-            self.mean.append(some.mean(0))
-            self.scale.append(some.std(0, correction=0).clamp_min(1e-6))
+            mean = some.mean(0)
+            self.mean.append(mean)
+            self.scale.append(some.sub_(mean).square_().mean(0).sqrt().clamp_min(1e-6))
         self.size = sum(len(mean) for mean in self.mean) ** 0.5
         self.query = nn.ParameterList(torch.zeros_like(mean) for mean in self.mean)
-        self.weight = nn.ParameterList(mean.new_zeros(len(mean), len(bias)) for mean in self.mean)
+        self.weight = nn.ParameterList(mean.new_zeros(len(bias), len(mean)) for mean in self.mean)
         self.bias = nn.Parameter(bias)
 
     def scorers(self) -> list[Tensor]:
@@ -135,8 +137,8 @@ class _Weighted(nn.Module):
         for tap, scorer, weight, mean, scale in zip(
             self.taps, self.scorers(), self.weight, self.mean, self.scale, strict=True
         ):
-            both = torch.cat([scorer[:, None], weight / (scale[:, None] * self.size)], 1)
-            found = states.load(tap, own, step) @ both - mean @ both
+            both = torch.cat([scorer[None], weight / (scale * self.size)])
+            found = step.padded(F.linear(states.load(tap, own, both.device), both, -(both @ mean)))
             attention = found[..., 0].masked_fill(~step.mask, -torch.inf).softmax(1)
             total = total + (attention[:, None] @ found[..., 1:])[:, 0]
         return total
