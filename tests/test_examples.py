@@ -154,11 +154,12 @@ def test_compile_benchmark():
 
 def test_extraction_benchmark():
     options = ("--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--rounds", 2, "--batch", 3, "--tokens", 9)
+    options += ("--batches", 2)
     rows = [json.loads(line) for line in run_example("benchmarks/extraction.py", *options).splitlines()]
     assert [row["poolings"] for row in rows] == [["attention"], ["mean", "max"]]
     for found in rows:
         assert found["taps"] == 10
-        assert found["largest_relative_difference"] == 0
+        assert found["largest_relative_difference"] < 1e-3
         assert min(found["milliseconds"].values()) > 0
 
 

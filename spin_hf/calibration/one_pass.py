@@ -27,7 +27,7 @@ def pool_prefix(values: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor
         ``(batch, len(poolings), neurons)`` in float32.
     """
     wanted = [name for name in poolings if name in ("mean", "max")]
-    if not wanted or values.shape[1] != mask.shape[1] or not (values.is_cpu or _usable(values)):
+    if not wanted or values.shape[1] != mask.shape[1] or not _usable(values):
         return pool(values, mask, poolings)
     if values.is_cpu:
         found = torch.stack([_mean(values, mask) if name == "mean" else _max(values, mask) for name in wanted], 1)
@@ -70,24 +70,24 @@ class TokenWeightsInOnePass(TokenWeights):
     """:class:`spin_hf.attention.TokenWeights` of all neurons of the taps."""
 
     def weigh(self, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-        if not _usable(values):
+        if values.is_cpu or not _usable(values):
             return super().weigh(values, queries)
         from .triton_pooling import token_weights
 
         return token_weights(values, queries, self._real)
 
     def average(self, values: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
-        if values.is_cpu:
-            return torch.cat([_weighted_sum(values, weights), mass[:, None]], 1)
         if not _usable(values):
             return super().average(values, weights, mass)
+        if values.is_cpu:
+            return torch.cat([_weighted_sum(values, weights), mass[:, None]], 1)
         from .triton_pooling import weighted_sum
 
         return weighted_sum(values, weights, mass)
 
 
 def _usable(values: Tensor) -> bool:
-    return values.is_cuda and values.stride(-1) == 1 and _has_triton()
+    return values.is_cpu or (values.is_cuda and values.stride(-1) == 1 and _has_triton())
 
 
 @functools.cache
