@@ -41,7 +41,8 @@ def solve_ridge(
 
     Newton's method with the Hessian's curvature taken once, from ``gram``: a factorisation for each C and a few passes
     over ``x``. The line search may also lengthen a step, since the curvature falls as the fit improves. Where ``gram``
-    is not given it is made from the present curvature, and made anew whenever the steps grow short of progress.
+    is not given it is made from the present curvature, which also serves the next C, and made anew where that takes many
+    steps.
 
     Args:
         x: standardised features ``(n, p)``, float32.
@@ -57,6 +58,7 @@ def solve_ridge(
     weight = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
     scores = torch.zeros_like(y)
     intercept = balance(loss, scores, torch.zeros_like(y[0]), y, s)
+    metric = gram
     for C in Cs:
         ridge, factor, objective, gap, steps = 1.0 / C, None, 0.0, float("inf"), 0
         for steps in range(max_steps + 1):
@@ -65,10 +67,9 @@ def solve_ridge(
             objective, gap = _relative_gap(loss, scores + intercept, residual, y, s, weight, pull, ridge)
             if gap <= tol or steps == max_steps:
                 break
-            if factor is None or (gram is None and steps % 3 == 0):
-                metric = gram
-                if metric is None:
-                    metric = curvature_gram(x, loss.curvature(scores + intercept, s))
+            if metric is None or (gram is None and steps % 3 == 2):
+                metric, factor = curvature_gram(x, loss.curvature(scores + intercept, s)), None
+            if factor is None:
                 factor = torch.linalg.cholesky(metric + ridge * torch.eye(len(metric), device=x.device, dtype=x.dtype))
             move = torch.cholesky_solve((pull - ridge * weight).to(x.dtype), factor).double()
             shift = (x @ move.to(x.dtype)).double()
