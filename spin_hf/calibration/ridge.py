@@ -41,8 +41,8 @@ def solve_ridge(
 
     Newton's method with the Hessian's curvature taken once, from ``gram``: a factorisation for each C and a few passes
     over ``x``. The line search may also lengthen a step, since the curvature falls as the fit improves. Where ``gram``
-    is not given it is made from the present curvature, which also serves the next C, and made anew where that takes many
-    steps.
+    is not given it is made from the present curvature, which also serves the next C, and made anew where that takes
+    many steps.
 
     Args:
         x: standardised features ``(n, p)``, float32.
