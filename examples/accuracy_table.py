@@ -1,4 +1,4 @@
-"""Accuracy of seven ways to classify with a frozen model, on public data sets: the table in this folder's README.
+"""Accuracy of six ways to classify with a frozen model, on public data sets: the table in this folder's README.
 
 Every choice (C of the baselines, everything in SPIN) is made on validation; test is scored once per row and method.
 Results are appended to a JSON-lines file and skipped when already there, so a stopped run goes on.

@@ -188,7 +188,7 @@ class SpinPreTrainedModel(PreTrainedModel):
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         values, _ = SpinConfig.get_config_dict(source, **hub)
         if not values:
-            raise CheckpointError(f"{source} has no config.json, so it is no saved model.")
+            raise CheckpointError(f"{source} has no config.json, or an empty one, so it is no saved model.")
         if values.get("model_type") != SpinConfig.model_type:
             raise CheckpointError(
                 f"{source} holds a {values.get('model_type', 'unnamed')!r} model, not a SPIN checkpoint. To make a "

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import typer.main
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import spin_hf
 from spin_hf import CalibrationResult, SpinForSequenceClassification
+from spin_hf.calibration import recipe, token_weights
 from spin_hf.cli import app
 from spin_hf.cli.make import _name_of
 from spin_hf.demo import load_split
@@ -301,6 +303,21 @@ def test_unwritable_output_is_found_before_the_work(files, tmp_path, minilm_path
 def test_demo_without_its_extra_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("spin_hf.demo.find_spec", lambda name: None)
     assert "pip install 'spin_hf[demo]'" in fails("demo", "--out", tmp_path / "demo")
+
+
+def test_demo_makes_a_classifier_and_uses_it_in_a_fresh_process(tmp_path, monkeypatch, capfd, minilm_path):
+    whole, presets = spin_hf.demo.load_split, recipe._PRESETS
+    monkeypatch.setattr(spin_hf.demo, "load_split", lambda split: whole(split)[:48])
+    monkeypatch.setitem(presets, "default", replace(presets["default"], Cs=(0.1,), etas=(0.6,), depths=(2,)))
+    monkeypatch.setattr(token_weights, "_LEAST_STEPS", 20)
+    shown = run("demo", "--out", tmp_path / "demo").stdout
+    assert "48 messages to train on, 48 to choose by, 48 to report on" in shown
+    for row in ("last layer", "best probe", "SPIN"):
+        assert re.search(rf"(?m)^\s*{row}.*\d", shown, re.IGNORECASE), (row, shown)
+    assert "Test, 48 texts: accuracy" in shown
+    predicted = re.findall(r"(?m)^  (complaint|praise|question|suggestion) +([01]\.\d\d)  .", capfd.readouterr().out)
+    assert len(predicted) == 4
+    assert {"config.json", "calibration.json", "README.md"} <= {path.name for path in (tmp_path / "demo").iterdir()}
 
 
 def test_demo_data_is_whole():

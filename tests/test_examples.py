@@ -89,11 +89,8 @@ def is_shared(folder, dataset):
 
 def test_every_example_is_here():
     tested = set(re.findall(r'"(\w+\.(?:py|ipynb))"', Path(__file__).read_text(encoding="utf-8")))
-    tables = {"accuracy_table.py", "common.py"}
-    assert (
-        tested - {"main.py"}
-        >= {path.name for path in EXAMPLES.glob("*.*") if path.suffix in (".py", ".ipynb")} - tables
-    )
+    here = {path.name for path in EXAMPLES.glob("*.*") if path.suffix in (".py", ".ipynb")}
+    assert tested >= here - {"common.py"}
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +158,31 @@ def test_extraction_benchmark():
         assert found["taps"] == 10
         assert found["largest_relative_difference"] < 1e-3
         assert min(found["milliseconds"].values()) > 0
+
+
+def test_whole_step_benchmark():
+    found = json.loads(run_example("benchmarks/whole_step.py", "--shape", "tiny", "--texts", 400, "--tokens", 32))
+    assert found["n"] == 400
+    assert found["bare forward, s"] > 0
+    stages = [found[f"of it, {stage}"] for stage in ("tokenize", "token weights", "extract", "probe", "heads", "rest")]
+    assert sum(stages) == pytest.approx(found["over the forward"], abs=0.01)
+
+
+def test_solver_benchmark(run):
+    options = ("--set", "sst2", "--taps", "hidden.1", "--rows", 60, "--points", 2, "--rounds", 1)
+    lines = run("benchmarks/solver.py", *options, "--parts", "gap", "--peers", "liblinear", data="sst2").splitlines()
+    rows = {row["solver"]: row for row in map(json.loads, lines)}
+    assert rows.keys() >= {"spin_hf", "liblinear"}
+    assert all(row["gap"] <= 1e-4 for row in rows.values())
+
+
+def test_accuracy_table(run, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    run("accuracy_table.py", "--sets", "sst2", "--methods", "tfidf", "--results", path, data="sst2")
+    (row,) = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert (row["set"], row["method"], row["rows"]) == ("sst2", "tfidf", [6920, 872, 1821])
+    assert row["test"] == pytest.approx(81.2, abs=0.3)  # as the table says
+    assert "| MiniLM, sst2 | 81.2 (" in run_example("accuracy_table.py", "--show", "--results", path)
 
 
 def test_inference_benchmark_writes_its_section(tmp_path):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,21 @@ def test_binary_against_liblinear(C):
     pull = x.double().T @ (y[:, 0] - torch.from_numpy(other.predict_proba(x.numpy())[:, 1]))
     idle = pull.abs() < 0.95 / C  # far from the bound at the optimum: no optimal solution has a weight there
     assert (point.weight[0, idle] == 0).all()
+
+
+@pytest.mark.parametrize("column", range(3))
+def test_each_class_against_the_rest_is_liblinears(column):
+    x, y, s = make(Multinomial(), outputs=3, columns=12)
+    other = LogisticRegression(**L1, C=0.3, solver="liblinear", intercept_scaling=1e3, tol=1e-9, max_iter=20_000)
+    other.fit(x.numpy(), y[:, column].numpy())
+    point = solve(x, y, s, Logistic(), 0.3)  # all three at once
+    assert point.converged
+    weight, intercept = point.weight[column : column + 1], point.intercept[column : column + 1]
+    problem = x, y[:, column : column + 1], s
+    own = replace(
+        point, weight=weight, intercept=intercept, objective=total(Logistic(), *problem, weight, intercept, 0.3)
+    )
+    assert_equally_good(Logistic(), problem, own, other.coef_, other.intercept_)
 
 
 @pytest.mark.parametrize("C", [0.05, 0.5])
