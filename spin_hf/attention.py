@@ -50,16 +50,16 @@ class TokenWeights:
         if not served:
             return
         with torch.autocast(values.device.type, enabled=False):
-            self._real = self._real.to(values.device)
-            weights, mass = self.weigh(values, torch.stack([self._queries[each] for each in served]).to(values.device))
+            self._real = real = self._real.to(values.device)
+            scores = self.scores(values, torch.stack([self._queries[each] for each in served]).to(values.device))
+            scores = scores.masked_fill(~real, torch.finfo(scores.dtype).min)  # padding may hold NaN
+            weights, mass = scores.softmax(2).masked_fill(~real, 0.0), scores.logsumexp(2)
         for each, weight, own in zip(served, weights, mass, strict=True):
             self._weights[each] = weight, own
 
-    def weigh(self, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """What :meth:`of` gives, ``(queries, rows, tokens)`` and ``(queries, rows)``, for ``(queries, width)``."""
-        scores = (values.float() @ queries.T).movedim(2, 0)  # padding may hold NaN, so it is filled afterwards
-        scores = scores.masked_fill(~self._real, torch.finfo(scores.dtype).min)
-        return scores.softmax(2).masked_fill(~self._real, 0.0), scores.logsumexp(2)
+    def scores(self, values: Tensor, queries: Tensor) -> Tensor:
+        """Of all tokens ``(queries, rows, tokens)``, float32, by ``(queries, width)``."""
+        return (values.float() @ queries.T).movedim(2, 0)
 
     def of(self, tap: Tap) -> tuple[Tensor, Tensor]:
         """Weights of a tap's tokens ``(rows, tokens)``, of sum 1, and the logarithm of their normaliser ``(rows,)``."""
@@ -71,12 +71,12 @@ class TokenWeights:
         """
         weights, mass = (part.to(values.device) for part in self.of(tap))
         with torch.autocast(values.device.type, enabled=False):
-            return self.average(values, weights, mass)
+            return torch.cat([self.average(values, weights), mass[:, None]], 1)
 
-    def average(self, values: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
-        """What :meth:`pool` gives, for weights and normalisers as of :meth:`of`."""
+    def average(self, values: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sums over the tokens ``(rows, neurons)``, float32, of all whose weight is not zero."""
         filled = values.masked_fill(weights[..., None] == 0, 0.0).float()
-        return torch.cat([(weights[:, None] @ filled)[:, 0], mass[:, None]], 1)
+        return (weights[:, None] @ filled)[:, 0]
 
 
 def join(values: Tensor, mask: Tensor) -> Tensor:

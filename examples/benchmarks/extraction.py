@@ -40,11 +40,12 @@ def measure(shape: str, poolings: list[str], arguments: argparse.Namespace) -> d
     queries = {}
     if ATTENTION in poolings:
         drawn = {
-            tap: torch.randn(tap_width(backbone, spin.layout, tap), device=arguments.device) / 100
+            tap: torch.randn(tap_width(backbone, spin.layout, tap)) / 100
             for tap in dict.fromkeys(map(source, spin.taps))
         }
         queries = {tap: drawn[source(tap)] for tap in spin.taps}
-    start = functools.partial(PooledWhole, one_pass.pool_prefix, poolings, queries)
+    here = {tap: query.to(arguments.device) for tap, query in queries.items()}
+    start = functools.partial(PooledWhole, one_pass.pool_prefix, poolings, here)
     found = {}
 
     def bare() -> None:
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--poolings", nargs="+", action="append", help="default: attention, and mean and max")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batches", type=int, default=100)
+    parser.add_argument("--batches", type=int, default=100, help="that are written: up to 20 GB for gpt2-xl")
     arguments = parser.parse_args()
     every = arguments.poolings or [[ATTENTION], ["mean", "max"]]
     rows = [measure(shape, poolings, arguments) for poolings in every for shape in arguments.shape]

@@ -20,7 +20,7 @@ make, its losses by 1e-4 of themselves.
 Give ``--folder`` to keep what runs found, and not to run these again.
 
     python examples/benchmarks/several_gpus.py --record
-    python examples/benchmarks/several_gpus.py --shape tiny --texts 64 --few 64 --tokens 16    # on CPUs, for a try
+    python examples/benchmarks/several_gpus.py --shape tiny --texts 64 --few 64 --tokens 16 --batch-tokens 64  # CPUs
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
-_WAITING = 2  # results that may wait for their turn: they take memory
+_WAITING = 1  # results at work or waiting for it while the next is computed: they take memory
 
 
 class Arriving(Generic[K]):
@@ -23,13 +23,17 @@ class Arriving(Generic[K]):
     def __init__(self, tensors: Mapping[K, Tensor]) -> None:
         # Only CUDA's copies are known to end: elsewhere one that does not block could be read too early.
         self._host = {key: tensor.to("cpu", non_blocking=tensor.is_cuda) for key, tensor in tensors.items()}
-        devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
-        self._ends = [torch.cuda.current_stream(device).record_event() for device in devices]
+        self._ends: list[tuple[torch.device, torch.cuda.Event]] = []
+        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+            end = torch.cuda.Event(blocking=True)  # who waits leaves the core to others
+            end.record(torch.cuda.current_stream(device))
+            self._ends.append((device, end))
 
     def arrays(self) -> dict[K, np.ndarray]:
         """The values, once they are there."""
-        for end in self._ends:
-            end.synchronize()
+        for device, end in self._ends:
+            with torch.cuda.device(device):  # a thread's own is the first, whatever the process works on
+                end.synchronize()
         return {key: tensor.numpy() for key, tensor in self._host.items()}
 
 
@@ -37,7 +41,8 @@ class Behind(Generic[T]):
     """Runs a function in a thread of its own, one call after another, while the caller goes on.
 
     Leaving waits until all that was asked for is done, also after an error, so that nothing that was computed is lost.
-    What the function raises is raised here, by the next call or on leaving.
+    What the function raises is raised here, by one of the next calls or on leaving, unless the caller's own error is
+    what leaves; calls that were asked for meanwhile are still run.
 
     Args:
         run: the function.

@@ -174,7 +174,7 @@ def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], pooling
         weight = _offloaded(model.backbone, name) if weights[name].is_meta else weights[name].detach().cpu()
         return hashlib.sha256(weight.contiguous().view(-1).view(torch.uint8).numpy().data).digest()
 
-    # Hashing leaves other threads their turn. Weights that lie elsewhere are fetched one module at a time.
+    # hashlib lets other threads run meanwhile. Weights that lie elsewhere are fetched one module at a time.
     offloaded = any(weight.is_meta for weight in weights.values())
     with ThreadPoolExecutor(1 if offloaded else _THREADS) as pool:
         for name, own in zip(weights, pool.map(of_weight, weights), strict=True):
@@ -216,14 +216,16 @@ def extract(
     device = model_device(model)
 
     reduce = pool if encoded.windows else pool_prefix  # windows pool some tokens in their middle
-    start = functools.partial(PooledWhole, reduce, store.poolings, queries or {})
+    here = {tap: query.to(device) for tap, query in (queries or {}).items()}
+    start = functools.partial(PooledWhole, reduce, store.poolings, here)
 
     def run(rows: Sequence[int]) -> Arriving[Tap]:
-        batch = pad([encoded.input_ids[row] for row in rows], pad_token_id).to(device)
-        mask = pad([[1] * lengths[row] for row in rows], 0).to(device)
+        batch = pad([encoded.input_ids[row] for row in rows], pad_token_id)
+        mask = (torch.arange(batch.shape[1]) < torch.tensor([lengths[row] for row in rows])[:, None]).long()
         types = None
         if encoded.token_type_ids is not None:
             types = pad([encoded.token_type_ids[row] for row in rows], 0).to(device)
+        batch, mask = batch.to(device), mask.to(device)
         try:
             pooled = model.read_taps(poolings, start, mask, batch, types, windows=encoded.windows)
         except PositionsError as error:
@@ -232,7 +234,7 @@ def extract(
             if len(rows) == 1 and is_out_of_memory(error):
                 raise no_room(lengths[rows[0]], device, error) from error
             raise
-        return Arriving({tap: torch.stack(parts, 1) for tap, parts in pooled.items()})
+        return Arriving({tap: torch.stack(pooled.pop(tap), 1) for tap in taps})
 
     def write(number: int, parts: list[Arriving[Tap]]) -> int:
         found = [part.arrays() for part in parts]

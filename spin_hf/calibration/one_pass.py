@@ -34,7 +34,8 @@ def pool_prefix(values: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor
     else:
         from .triton_pooling import mean_and_max
 
-        wanted, found = ["mean", "max"], mean_and_max(values, mask.to(values.device).sum(1, dtype=torch.int32))
+        wanted = ["mean", "max"]  # whether both are or not
+        found = mean_and_max(values, mask.to(values.device).sum(1, dtype=torch.int32))
     if list(poolings) == wanted:
         return found
     by_name = dict(zip(wanted, found.unbind(1), strict=True))
@@ -69,21 +70,21 @@ def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
 class TokenWeightsInOnePass(TokenWeights):
     """:class:`spin_hf.attention.TokenWeights` of all neurons of the taps."""
 
-    def weigh(self, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, values: Tensor, queries: Tensor) -> Tensor:
         if values.is_cpu or not _usable(values):
-            return super().weigh(values, queries)
-        from .triton_pooling import token_weights
+            return super().scores(values, queries)
+        from .triton_pooling import scores
 
-        return token_weights(values, queries, self._real)
+        return torch.stack([scores(values, query) for query in queries])
 
-    def average(self, values: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
-        if not _usable(values):
-            return super().average(values, weights, mass)
+    def average(self, values: Tensor, weights: Tensor) -> Tensor:
+        if not _usable(values) or values.shape[:2] != weights.shape:
+            return super().average(values, weights)
         if values.is_cpu:
-            return torch.cat([_weighted_sum(values, weights), mass[:, None]], 1)
+            return _weighted_sum(values, weights)
         from .triton_pooling import weighted_sum
 
-        return weighted_sum(values, weights, mass)
+        return weighted_sum(values, weights.contiguous())
 
 
 def _usable(values: Tensor) -> bool:

@@ -118,8 +118,8 @@ def fit_probes(
     """Solve the path of each place on every fold in step, and score each C on the rows held out.
 
     Args:
-        features: ``(n, d)`` float32 for each place, of one width and on one device, a group of :func:`in_groups`. They
-            are solved together; one alone on a CPU by a solver of its own.
+        features: ``(n, d)`` float32 for each place, of one width and on one device. They are solved together where that
+            :func:`~spin_hf.calibration.batched.pays`.
         places: tap and pooling of each.
         Cs: the grid, ascending; a number asks for that many, each twice the last, from twice the smallest C that
             gives any weight.
@@ -143,7 +143,7 @@ def fit_probes(
         y, s = data.targets[rows].to(x.device), data.weights[rows].to(x.device)
         grids = grids or [_grid(own, y, s, loss, Cs) for own in x]
         factors = torch.stack([1.0 / search.standard[-1][2] for search in searches]) if raw else None
-        if len(x) > 1 or not x.is_cpu:
+        if pays(x.device, len(rows), x.shape[2], y.shape[1]):
             problems.append(solve_paths(x, y, s, loss, grids, alive, factors=factors, tol=tol))
         else:
             problems.append(_in_turn(list(x), y, s, loss, grids, alive, factors, tol))

@@ -57,8 +57,9 @@ class Ranks:
         without = not torch.accelerator.is_available() or torch.backends.mps.is_available()
         options = {} if joined else {"timeout": _PATIENCE}
         state = PartialState(cpu=without or parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
-        if not joined:
-            atexit.register(_leave)
+        distributed = torch.distributed
+        if not joined and distributed.is_initialized() and distributed.get_backend() == "gloo":
+            atexit.register(_leave, distributed.group.WORLD)
         return cls(state.process_index, state.num_processes, state.device)
 
     @property
@@ -197,9 +198,12 @@ def ending_together(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def _leave() -> None:
-    """End what this process has joined itself: left to the end of the interpreter, gloo's threads at times abort it."""
-    if torch.distributed.is_initialized():
+def _leave(group: Any) -> None:
+    """End what this process has joined itself: left to the end of the interpreter, gloo's threads at times abort it.
+
+    NCCL's groups end by themselves; ending one here waits for others, which may be stuck.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.group.WORLD is group:
         torch.distributed.destroy_process_group()
 
 

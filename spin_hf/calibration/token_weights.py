@@ -55,21 +55,21 @@ def learn_queries(
     device, widths = model_device(model), states_widths(model, taps)
     rows = learning_rows(model, taps, texts, seed)
 
-    def learn(*, in_files: bool) -> dict[Tap, Tensor] | None:
-        with States.reading(model, widths, texts, rows, folder, in_files=in_files) as states:
-            advance(int(not in_files))  # told already where they are read once more
-            try:
-                return _train(states, texts.data, device, seed, advance)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+    learned: dict[Tap, Tensor] = {}
+    for in_files in (False, True):
+        try:
+            with States.reading(model, widths, texts, rows, folder, in_files=in_files) as states:
+                advance(int(not in_files))  # told already where they are read once more
+                try:
+                    learned = _train(states, texts.data, device, seed, advance)
+                except (RuntimeError, MemoryError) as error:
+                    if is_out_of_memory(error):
+                        raise _no_room(states, device, error) from error
                     raise
-                if states.in_files:
-                    raise _no_room(states, device, error) from error
-        return None
-
-    # What the device held was more than it could spare: once more from files.
-    learned = learn(in_files=False) or learn(in_files=True)
-    assert learned is not None
+            break
+        except DeviceMemoryError:  # the states in the device's memory may have been what was too much
+            if in_files:
+                raise
     return [learned[source(tap)] for tap in taps]
 
 

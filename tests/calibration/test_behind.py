@@ -37,7 +37,7 @@ def test_few_wait_at_a_time():
     thread = threading.Thread(target=ask)
     thread.start()
     thread.join(0.5)
-    assert asked == [0, 1]  # the third waits until the first is done
+    assert asked in ([], [0])  # the second waits until the first is done
     go.set()
     thread.join(60)
     assert asked == list(range(6))
@@ -73,7 +73,7 @@ def test_an_error_is_told_by_a_later_call_or_on_leaving(wrong):
 
     with pytest.raises(OSError, match=f"number {wrong}"):
         ask()
-    assert len(asked) <= wrong + 3
+    assert len(asked) <= wrong + 2
 
 
 def test_tensors_arrive_with_their_values():

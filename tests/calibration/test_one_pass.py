@@ -12,9 +12,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 def batch(device, dtype, neurons, lengths=(1, 37, 20)):
-    random = torch.Generator().manual_seed(0)
-    values = torch.randn(len(lengths), 37, neurons, generator=random).to(device, dtype)
-    mask = (torch.arange(37) < torch.tensor(lengths)[:, None]).long().to(device)
+    random, tokens = torch.Generator().manual_seed(0), max(lengths)
+    values = torch.randn(len(lengths), tokens, neurons, generator=random).to(device, dtype)
+    mask = (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long().to(device)
     return values, mask
 
 
@@ -22,8 +22,9 @@ def batch(device, dtype, neurons, lengths=(1, 37, 20)):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("poolings", [["mean", "max"], ["max", "mean"], ["max"], ["first"], list(POOLINGS)])
 @pytest.mark.parametrize("neurons", [1, 100, 300])
-def test_it_is_the_plain_pooling(device, dtype, poolings, neurons):
-    values, mask = batch(device, dtype, neurons)
+@pytest.mark.parametrize("lengths", [(1, 37, 20), (300, 65, 64)])
+def test_it_is_the_plain_pooling(device, dtype, poolings, neurons, lengths):
+    values, mask = batch(device, dtype, neurons, lengths)
     torch.testing.assert_close(pool_prefix(values, mask, poolings), pool(values, mask, poolings))
 
 
@@ -40,10 +41,12 @@ def test_padding_may_hold_nan_and_a_token_that_does_is_seen(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("width", "neurons"), [(1, 1), (100, 300), (128, 256)])
-def test_token_weights_are_the_plain_ones(device, dtype, width, neurons):
-    hidden, mask = batch(device, dtype, 2 * width)
-    values, _ = batch(device, dtype, neurons)
-    hidden, values = hidden[..., :width], values.masked_fill(~mask.bool()[..., None], float("nan"))
+@pytest.mark.parametrize("lengths", [(1, 37, 20), (300, 65, 64)])
+def test_token_weights_are_the_plain_ones(device, dtype, width, neurons, lengths):
+    hidden, mask = batch(device, dtype, 2 * width, lengths)
+    values, _ = batch(device, dtype, neurons, lengths)
+    hidden, values = (part.masked_fill(~mask.bool()[..., None], float("nan")) for part in (hidden, values))
+    hidden = hidden[..., :width]
     mask[1], mask[2, 3] = 0, 0  # a window may have no token to pool, and some in its middle that are not
     draw = torch.Generator().manual_seed(1)
     queries = {tap: torch.randn(width, generator=draw).to(device) for tap in (Tap("hidden", 0), Tap("ffn", 1))}

@@ -242,21 +242,25 @@ def test_memory_that_others_took_meanwhile_is_not_needed(monkeypatch):
     assert not result.differences(expected)
 
 
-def test_out_of_memory_with_states_in_memory_learns_from_files(monkeypatch):
+@pytest.mark.parametrize("where", ["reading", "learning"])
+def test_out_of_memory_with_states_in_memory_goes_on_from_files(where, monkeypatch):
     rows = one_word_counts(60), one_word_counts(30, 1)
     _, _, expected = calibrate(*rows, seed=0)
-    train, places = token_weights._train, []
+    owner, name = {"reading": (token_states._Writing, "read"), "learning": (token_weights, "_train")}[where]
+    work, places = getattr(owner, name), []
 
-    def full(states, *more):
+    def full(own, *more):
+        states = own._states if where == "reading" else own
         places.append(states.in_files)
         if not states.in_files:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
-        return train(states, *more)
+        return work(own, *more)
 
     monkeypatch.setattr(token_states, "_fits", lambda *size: True)
-    monkeypatch.setattr(token_weights, "_train", full)
+    monkeypatch.setattr(owner, name, full)
     _, _, result = calibrate(*rows, seed=0)
-    assert places == [False, True]
+    assert not places[0]
+    assert places[-1]
     assert not result.differences(expected)
 
 
