@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -49,12 +50,26 @@ def test_the_model_scores_what_the_result_says(wrap, tokenizer, rows):
     assert result.chosen.score >= result.baselines["best probe"]
     assert result.chosen.score >= 0.8
     assert result.convergence["head_gap"] <= result.convergence["tol"]
+    assert 0 <= result.convergence["worst_gap"] <= 1e-3  # of a head that was tried; the chosen one is solved to tol
     assert result.convergence["unconverged"] == 0
     assert model.spin.depth == result.chosen.depth
     assert model.config.num_features == result.chosen.num_features == model.score.in_features
     for name, weight in model.spin.backbone.state_dict().items():
         assert torch.equal(weight, before[name])
     assert not any(parameter.requires_grad for parameter in model.spin.backbone.parameters())
+
+
+def test_the_room_that_is_needed_is_said_before_anything_is_read(wrap, tokenizer, rows, capsys, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "extract", stop)
+    with pytest.raises(KeyboardInterrupt):
+        spin_calibrate(wrap(labels=["bad", "good"]), tokenizer, rows, poolings=["mean"], progress=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(
+        rf"{len(rows[0])} texts, [\d,]+ tokens, \d+ taps, 1 poolings: [\d,]+ MB of disk, [\d,]+ MB of memory", said
+    )
 
 
 @pytest.mark.parametrize("multiclass", ["multinomial", "ovr"])
