@@ -170,6 +170,7 @@ def test_whole_step_benchmark():
 
 def test_solver_benchmark(run):
     options = ("--set", "sst2", "--taps", "hidden.1", "--rows", 60, "--points", 2, "--rounds", 1)
+    options += ("--limit", 1e4)  # nobody is stopped, however busy the machine
     lines = run("benchmarks/solver.py", *options, "--parts", "gap", "--peers", "liblinear", data="sst2").splitlines()
     rows = {row["solver"]: row for row in map(json.loads, lines)}
     assert rows.keys() >= {"spin_hf", "liblinear"}
