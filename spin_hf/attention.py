@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .layout import Tap
+from .layout import PositionsError, Tap
 
 ATTENTION = "attention"
+UNREAL = torch.finfo(torch.float32).min  # the score of a token that is not pooled
 
 
 def source(tap: Tap) -> Tap:
@@ -45,21 +46,26 @@ class TokenWeights:
         self._weights: dict[Tap, tuple[Tensor, Tensor]] = {}
 
     def see(self, tap: Tap, values: Tensor) -> None:
-        """Score the tokens by a tap's activations ``(rows, tokens, width)``, if it is the source of any."""
+        """Score the tokens by a tap's activations ``(rows, tokens, width)``, if it is the source of any.
+
+        Raises:
+            PositionsError: where there is not one position for each token.
+        """
         served = self._by_source.get(tap)
         if not served:
             return
+        self._check(tap, values)
         with torch.autocast(values.device.type, enabled=False):
             self._real = real = self._real.to(values.device)
-            scores = self.scores(values, torch.stack([self._queries[each] for each in served]).to(values.device))
-            scores = scores.masked_fill(~real, torch.finfo(scores.dtype).min)  # padding may hold NaN
-            weights, mass = scores.softmax(2).masked_fill(~real, 0.0), scores.logsumexp(2)
-        for each, weight, own in zip(served, weights, mass, strict=True):
-            self._weights[each] = weight, own
+            queries = torch.stack([self._queries[each] for each in served]).to(values.device)
+            self.score(served, values, queries, real)
 
-    def scores(self, values: Tensor, queries: Tensor) -> Tensor:
-        """Of all tokens ``(queries, rows, tokens)``, float32, by ``(queries, width)``."""
-        return (values.float() @ queries.T).movedim(2, 0)
+    def score(self, served: Sequence[Tap], values: Tensor, queries: Tensor, real: Tensor) -> None:
+        """Keep what the weights of these taps come from; their queries are ``(taps, width)``."""
+        scores = (values.float() @ queries.T).movedim(2, 0)
+        scores = scores.masked_fill(~real, UNREAL)  # padding may hold NaN
+        weights, mass = scores.softmax(2).masked_fill(~real, 0.0), scores.logsumexp(2)
+        self._weights.update(zip(served, zip(weights, mass, strict=True), strict=True))
 
     def of(self, tap: Tap) -> tuple[Tensor, Tensor]:
         """Weights of a tap's tokens ``(rows, tokens)``, of sum 1, and the logarithm of their normaliser ``(rows,)``."""
@@ -68,7 +74,11 @@ class TokenWeights:
     def pool(self, tap: Tap, values: Tensor) -> Tensor:
         """Averages of some neurons ``(rows, tokens, neurons)``, with a last column for :func:`join`:
         ``(rows, neurons + 1)`` in float32.
+
+        Raises:
+            PositionsError: where there is not one position for each token.
         """
+        self._check(tap, values)
         weights, mass = (part.to(values.device) for part in self.of(tap))
         with torch.autocast(values.device.type, enabled=False):
             return torch.cat([self.average(values, weights), mass[:, None]], 1)
@@ -77,6 +87,13 @@ class TokenWeights:
         """Weighted sums over the tokens ``(rows, neurons)``, float32, of all whose weight is not zero."""
         filled = values.masked_fill(weights[..., None] == 0, 0.0).float()
         return (weights[:, None] @ filled)[:, 0]
+
+    def _check(self, tap: Tap, values: Tensor) -> None:
+        if values.shape[1] != self._real.shape[1]:
+            raise PositionsError(
+                f"Tap {tap} has {values.shape[1]} positions for {self._real.shape[1]} tokens, so that tokens can't be "
+                "weighted. Leave the pooling attention out."
+            )
 
 
 def join(values: Tensor, mask: Tensor) -> Tensor:

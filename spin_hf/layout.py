@@ -14,6 +14,10 @@ class TapError(RuntimeError):
     """A tap was not found, or was not read exactly once."""
 
 
+class PositionsError(ValueError):
+    """The backbone works on another number of positions than there are tokens, so that these can't be told apart."""
+
+
 class Tap(NamedTuple):
     """One place where activations are read. ``str(tap)`` is its name in configs and results, such as ``ffn.3``.
 

@@ -9,14 +9,10 @@ import torch
 from torch import Tensor
 
 from .attention import ATTENTION, TokenWeights
-from .layout import Tap
+from .layout import PositionsError, Tap
 
 Pooling = Literal["first", "last", "mean", "max"]  # those without learned weights, for which see attention.py
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
-
-
-class PositionsError(ValueError):
-    """The backbone works on another number of positions than there are tokens, and some of the tokens are padding."""
 
 
 def pool(values: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:

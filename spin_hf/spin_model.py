@@ -20,10 +20,10 @@ from .depth import nearest_depth, truncate
 from .drift import sample, warn_if_moved
 from .features import FeatureGroup, Selection, Standardizer, described, group_by_tap, query_widths
 from .inputs import backbone_inputs, token_mask
-from .layout import Layout, Tap
+from .layout import Layout, PositionsError, Tap
 from .outputs import SpinModelOutput, wants_dict
 from .parts import whole_config
-from .pooling import PositionsError, align_left
+from .pooling import align_left
 from .pretrained import NotCalibratedError, SpinPreTrainedModel
 from .readers import Gathering, Reader, TapByTap
 from .structure import find_layout

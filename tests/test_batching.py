@@ -14,7 +14,8 @@ from spin_hf.batching import split_rows
 from spin_hf.calibration.errors import CalibrationError
 from spin_hf.calibration.extraction import plan_batches
 from spin_hf.calibration.independence import find_batching
-from spin_hf.pooling import PositionsError, pool
+from spin_hf.layout import PositionsError
+from spin_hf.pooling import pool
 
 QUICK = {
     "progress": False,

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_hf.pooling import POOLINGS, PoolingTogether, PositionsError, align_left, pool
+from spin_hf.layout import PositionsError
+from spin_hf.pooling import POOLINGS, PoolingTogether, align_left, pool
 
 
 @st.composite

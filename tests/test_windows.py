@@ -22,7 +22,7 @@ from spin_hf.calibration.extraction import encode, extract, fingerprint, plan_ba
 from spin_hf.calibration.store import FeatureStore
 from spin_hf.calibration.windowing import make_windows
 from spin_hf.cli import app
-from spin_hf.pooling import PositionsError
+from spin_hf.layout import PositionsError
 from spin_hf.prediction import evaluate, predict
 from spin_hf.taps import tap_width
 from spin_hf.training import store_features

@@ -167,7 +167,7 @@ def ours(case: Case, Cs: Sequence[float], factors: Tensor | None = None) -> list
 
 def batched(case: Case, Cs: Sequence[float]) -> float:
     """The worst gap."""
-    found = solve_paths(case.x[None], case.y, case.s, case.loss, [Cs], [True], tol=GAP)
+    found = solve_paths(case.x[None], case.y, case.s, case.loss, [Cs], [len(Cs)], tol=GAP)
     return max(point.gap for points in found for point in points if point is not None)
 
 

@@ -39,7 +39,7 @@ def compare(taps: list[Case], texts: int, width: int, points: int, rounds: int) 
             list(solve_path(own, y, s, loss, grid, tol=GAP))
 
     def together() -> None:
-        list(solve_paths(x, y, s, loss, grids, [True] * len(x), tol=GAP))
+        list(solve_paths(x, y, s, loss, grids, list(map(len, grids)), tol=GAP))
 
     seconds = [[seconds_of(alone), seconds_of(together)] for _ in range(rounds)]
     one, other = (statistics.median(each) for each in zip(*seconds, strict=True))

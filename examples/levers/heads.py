@@ -117,7 +117,7 @@ class Selector:
         standards = [standardise(own, rows, rows[:0], out=out)[1:] for own, out in zip(values, x, strict=True)]
         grids = [[factor * smallest_useful_C(own, y, s, loss) for factor in _FACTORS] for own in x]
         if pays(x.device, len(rows), x.shape[2], folds.columns):
-            *_, points = solve_paths(x, y, s, loss, grids, [True] * len(x), tol=1e-2)
+            *_, points = solve_paths(x, y, s, loss, grids, list(map(len, grids)), tol=1e-2)
         else:
             paths = (solve_path(own, y, s, loss, grid, tol=1e-2) for own, grid in zip(x, grids, strict=True))
             points = [list(path)[-1] for path in paths]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
@@ -18,23 +19,49 @@ _WAITING = 1  # results at work or waiting for it while the next is computed: th
 
 
 class Arriving(Generic[K]):
-    """Tensors on their way to the host's memory, which the device goes on without waiting for."""
+    """Values on their way to the host's memory, which the device goes on without waiting for.
 
-    def __init__(self, tensors: Mapping[K, Tensor]) -> None:
-        # Only CUDA's copies are known to end: elsewhere one that does not block could be read too early.
-        self._host = {key: tensor.to("cpu", non_blocking=tensor.is_cuda) for key, tensor in tensors.items()}
-        self._ends: list[tuple[torch.device, torch.cuda.Event]] = []
-        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
-            end = torch.cuda.Event(blocking=True)  # who waits leaves the core to others
-            end.record(torch.cuda.current_stream(device))
-            self._ends.append((device, end))
+    Args:
+        parts: ``(rows, width)`` of each of a key's parts, float32.
+    """
+
+    def __init__(self, parts: Mapping[K, Sequence[Tensor]]) -> None:
+        self._host: dict[K, Tensor] = {}
+        self._ends: list[torch.cuda.Event] = []
+        by_device: dict[torch.device, list[K]] = {}
+        for key, own in parts.items():
+            by_device.setdefault(own[0].device, []).append(key)
+        for device, keys in by_device.items():
+            if device.type == "cuda":
+                self._send(device, {key: parts[key] for key in keys})
+            else:  # only CUDA's copies are known to end: elsewhere one that does not block could be read too early
+                self._host |= {key: torch.stack(list(parts[key]), 1).cpu() for key in keys}
+
+    def _send(self, device: torch.device, parts: Mapping[K, Sequence[Tensor]]) -> None:
+        """All values of a device in one copy, beside its next work."""
+        with torch.cuda.device(device):
+            joined = torch.cat([part for own in parts.values() for part in own], 1)
+            aside, end = _aside(device), torch.cuda.Event(blocking=True)  # who waits leaves the core to others
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                host = joined.to("cpu", non_blocking=True)
+                end.record(aside)
+            joined.record_stream(aside)
+        self._ends.append(end)
+        widths = [len(own) * own[0].shape[1] for own in parts.values()]
+        for (key, own), values in zip(parts.items(), host.split(widths, 1), strict=True):
+            self._host[key] = values.unflatten(1, (len(own), -1))
 
     def arrays(self) -> dict[K, np.ndarray]:
-        """The values, once they are there."""
-        for device, end in self._ends:
-            with torch.cuda.device(device):  # a thread's own is the first, whatever the process works on
-                end.synchronize()
-        return {key: tensor.numpy() for key, tensor in self._host.items()}
+        """``(rows, parts, width)`` of each key, once they are there."""
+        for end in self._ends:
+            end.synchronize()
+        return {key: values.numpy() for key, values in self._host.items()}
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class Behind(Generic[T]):

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..attention import ATTENTION, sources
+from ..layout import PositionsError
 from ..modeling_spin import SpinForSequenceClassification
-from ..pooling import PositionsError, pool
+from ..pooling import pool
 from ..spin_model import SpinModel
 from ..taps import Tap, model_device
 from ..windows import Windows
@@ -224,8 +225,8 @@ def extract(
         mask = (torch.arange(batch.shape[1]) < torch.tensor([lengths[row] for row in rows])[:, None]).long()
         types = None
         if encoded.token_type_ids is not None:
-            types = pad([encoded.token_type_ids[row] for row in rows], 0).to(device)
-        batch, mask = batch.to(device), mask.to(device)
+            types = _sent(pad([encoded.token_type_ids[row] for row in rows], 0), device)
+        batch, mask = _sent(batch, device), _sent(mask, device)
         try:
             pooled = model.read_taps(poolings, start, mask, batch, types, windows=encoded.windows)
         except PositionsError as error:
@@ -234,7 +235,7 @@ def extract(
             if len(rows) == 1 and is_out_of_memory(error):
                 raise no_room(lengths[rows[0]], device, error) from error
             raise
-        return Arriving({tap: torch.stack(pooled.pop(tap), 1) for tap in taps})
+        return Arriving({tap: pooled[tap] for tap in taps})
 
     def write(number: int, parts: list[Arriving[Tap]]) -> int:
         found = [part.arrays() for part in parts]
@@ -301,6 +302,11 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
     """Rows of ids as one tensor ``(rows, longest)``, filled on the right."""
     longest = max(map(len, rows))
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for what it does."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _offloaded(backbone: nn.Module, name: str) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..batching import Batching
-from ..pooling import PositionsError, pool
+from ..layout import PositionsError
+from ..pooling import pool
 from ..quantization import is_quantized
 from ..spin_model import SpinModel
 from ..taps import Tap, TapError, model_device

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..attention import TokenWeights
 from ..pooling import pool
+from ..taps import Tap
 
 
 def pool_prefix(values: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:
@@ -68,23 +69,35 @@ def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
 
 
 class TokenWeightsInOnePass(TokenWeights):
-    """:class:`spin_hf.attention.TokenWeights` of all neurons of the taps."""
+    """:class:`spin_hf.attention.TokenWeights` of all neurons of the taps.
 
-    def scores(self, values: Tensor, queries: Tensor) -> Tensor:
+    By kernels each tap is read once for all its queries, and once more for its averages, which weigh the tokens by
+    their scores as they go.
+    """
+
+    def __init__(self, queries: Mapping[Tap, Tensor], mask: Tensor) -> None:
+        super().__init__(queries, mask)
+        self._scores: dict[Tap, Tensor] = {}  # of the tokens, (rows, tokens) float32, where kernels do it
+
+    def score(self, served: Sequence[Tap], values: Tensor, queries: Tensor, real: Tensor) -> None:
         if values.is_cpu or not _usable(values):
-            return super().scores(values, queries)
+            super().score(served, values, queries, real)
+            return
         from .triton_pooling import scores
 
-        return torch.stack([scores(values, query) for query in queries])
+        self._scores.update(zip(served, scores(values, queries, real), strict=True))
+
+    def pool(self, tap: Tap, values: Tensor) -> Tensor:
+        if tap not in self._scores:
+            return super().pool(tap, values)
+        from .triton_pooling import softmax_average
+
+        self._check(tap, values)
+        values = values if _usable(values) else values.contiguous()
+        return softmax_average(values, self._scores[tap].to(values.device))
 
     def average(self, values: Tensor, weights: Tensor) -> Tensor:
-        if not _usable(values) or values.shape[:2] != weights.shape:
-            return super().average(values, weights)
-        if values.is_cpu:
-            return _weighted_sum(values, weights)
-        from .triton_pooling import weighted_sum
-
-        return weighted_sum(values, weights.contiguous())
+        return _weighted_sum(values, weights) if values.is_cpu else super().average(values, weights)
 
 
 def _usable(values: Tensor) -> bool:

@@ -11,7 +11,7 @@ from .batched import solve_sparse
 from .losses import Loss
 from .solver import PathPoint, solve_path
 
-AT_ONCE = 4  # values of C: the strongest are most worth their while, and where a path ends the weaker were for nothing
+AT_ONCE = 4  # values of C at most, and the strongest, which cost least
 _SPAN = 10.0  # values at once lie within this factor: farther ones are better started from the last solution
 
 
@@ -21,7 +21,7 @@ def solve_paths(
     s: Tensor,
     loss: Loss,
     grids: Sequence[Sequence[float]],
-    alive: Sequence[bool],
+    sure: Sequence[int],
     *,
     factors: Tensor | None = None,
     tol: float = 1e-4,
@@ -32,14 +32,17 @@ def solve_paths(
         x: features ``(B, n, d)``, float32, standardised.
         y, s, loss, tol: as there.
         grids: values of C of each tap, ascending; an empty one for a tap that has no path.
-        alive: looked at before each group of values: a tap whose path has ended yields ``None`` from then on.
+        sure: how many of its next values each tap is sure to need, looked at before each group but the first, which is
+            no larger than the largest of them: weaker penalties take ever longer. A tap that needs none has ended, and
+            yields ``None`` from then on.
         factors: penalty of each feature relative to ``1 / C``, ``(B, d)``.
     """
     weight = x.new_zeros(len(x), y.shape[1], x.shape[2])  # of the last C
     intercept: Tensor | None = None
     first = 0
-    while which := [i for i, grid in enumerate(grids) if alive[i] and len(grid) > first]:
-        Cs = [grids[i][first : first + AT_ONCE] for i in which]
+    while which := [i for i, grid in enumerate(grids) if sure[i] and len(grid) > first]:
+        most = min(AT_ONCE, max(sure[i] for i in which)) if first else AT_ONCE
+        Cs = [grids[i][first : first + most] for i in which]
         count = max(sum(_SPAN * values[0] > C for C in values) for values in Cs)
         Cs, first = [values[:count] for values in Cs], first + count
         part = x if len(which) == len(x) else x[which]

@@ -133,7 +133,7 @@ def fit_probes(
     loss = data.task.loss
     searches = [_Search(tap, pooling, data, raw=raw, stop_early=stop_early) for tap, pooling in places]
     grids: list[list[float]] = []
-    alive = [True] * len(places)
+    sure = [search.sure for search in searches]
     problems = []
     for number, rows in enumerate(data.fits()):
         x = empty(len(features), len(rows), features[0].shape[1], device=features[0].device)
@@ -144,15 +144,16 @@ def fit_probes(
         grids = grids or [_grid(own, y, s, loss, Cs) for own in x]
         factors = torch.stack([1.0 / search.standard[-1][2] for search in searches]) if raw else None
         if pays(x.device, len(rows), x.shape[2], y.shape[1]):
-            problems.append(solve_paths(x, y, s, loss, grids, alive, factors=factors, tol=tol))
+            problems.append(solve_paths(x, y, s, loss, grids, sure, factors=factors, tol=tol))
         else:
-            problems.append(_in_turn(list(x), y, s, loss, grids, alive, factors, tol))
+            problems.append(_in_turn(list(x), y, s, loss, grids, sure, factors, tol))
         del x, own
     for points in zip(*problems, strict=True):
         for i, search in enumerate(searches):
-            if alive[i]:
+            if sure[i]:
                 of_fits = [point for point in (of_fit[i] for of_fit in points) if point is not None]
-                alive[i] = search.add(of_fits)
+                search.add(of_fits)
+                sure[i] = search.sure if of_fits else 0
     return [search.ranked() for search in searches]
 
 
@@ -165,10 +166,17 @@ class _Search:
         self.probes: list[Probe] = []
         self.best = self.lowest = (np.inf, 0)  # what was reached, and how many points ago
 
-    def add(self, points: Sequence[PathPoint]) -> bool:
-        """Score a C's solutions, one for each fit. Whether weaker penalties are worth a try."""
+    @property
+    def sure(self) -> int:
+        """How many more values of C are to be tried, whatever comes of them."""
+        if not self.stop_early:
+            return AT_ONCE
+        return max(0, _PATIENCE - max(self.best[1], self.lowest[1]))
+
+    def add(self, points: Sequence[PathPoint]) -> None:
+        """Score a C's solutions, one for each fit."""
         if not points:
-            return False
+            return
         scores = [
             held_out @ point.weight.T + point.intercept
             for _, (held_out, _, _), point in zip(self.data.folds, self.standard, points, strict=False)
@@ -177,7 +185,6 @@ class _Search:
         self.probes.append(_probe(self.tap, self.pooling, score, predictions, points, self.standard, self.raw))
         self.best = _least(self.best, -score)
         self.lowest = _least(self.lowest, self.data.held_out_loss(scores))
-        return not self.stop_early or max(self.best[1], self.lowest[1]) < _PATIENCE
 
     def ranked(self) -> list[Probe]:
         table = tuple((probe.C, probe.score) for probe in self.probes)
@@ -198,7 +205,7 @@ def _in_turn(
     s: Tensor,
     loss: Loss,
     grids: Sequence[Sequence[float]],
-    alive: Sequence[bool],
+    sure: Sequence[int],
     factors: Tensor | None,
     tol: float,
 ) -> Iterator[list[PathPoint | None]]:
@@ -209,7 +216,7 @@ def _in_turn(
     ]
     del xs  # the solver lets go of the rows once it has the columns
     for _ in range(max(map(len, grids))):
-        yield [next(path, None) if wanted else None for path, wanted in zip(paths, alive, strict=True)]
+        yield [next(path, None) if wanted else None for path, wanted in zip(paths, sure, strict=True)]
 
 
 def _least(reached: tuple[float, int], value: float) -> tuple[float, int]:

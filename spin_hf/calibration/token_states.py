@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..attention import source
-from ..pooling import PositionsError
+from ..layout import PositionsError
 from ..spin_model import SpinModel
 from ..taps import Tap, model_device, tap_width
 from .errors import CalibrationError, OutputFolderError

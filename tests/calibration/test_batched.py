@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spin_hf import SpinForSequenceClassification, spin_calibrate
-from spin_hf.calibration import batched, heads, probes
+from spin_hf.calibration import batched, heads, paths, probes
 from spin_hf.calibration.batched import L1, L2, solve_sparse, solve_together
 from spin_hf.calibration.losses import Logistic, Multinomial, Squared
 from spin_hf.calibration.paths import solve_paths
@@ -37,7 +37,7 @@ def problem(kind, *, taps=3, rows=120, width=40, weighted=False):
 @pytest.mark.parametrize("kind", LOSSES)
 def test_paths_solved_together_are_those_solved_alone(kind, weighted):
     x, y, s = problem(kind, weighted=weighted)
-    together = list(solve_paths(x, y, s, LOSSES[kind], [GRID] * 3, [True] * 3, tol=1e-6))
+    together = list(solve_paths(x, y, s, LOSSES[kind], [GRID] * 3, [len(GRID)] * 3, tol=1e-6))
     assert len(together) == len(GRID)
     for tap in range(3):
         for points, alone in zip(together, solve_path(x[tap], y, s, LOSSES[kind], GRID, tol=1e-6), strict=True):
@@ -52,19 +52,30 @@ def test_paths_solved_together_are_those_solved_alone(kind, weighted):
 def test_factors_scale_the_penalty_of_each_feature():
     x, y, s = problem("logistic")
     factors = torch.linspace(0.2, 5.0, x.shape[2]).expand(3, -1)
-    together = list(solve_paths(x, y, s, Logistic(), [GRID] * 3, [True] * 3, factors=factors, tol=1e-6))
+    together = list(solve_paths(x, y, s, Logistic(), [GRID] * 3, [len(GRID)] * 3, factors=factors, tol=1e-6))
     for points, alone in zip(together, solve_path(x[1], y, s, Logistic(), GRID, factors=factors[1]), strict=True):
         assert points[1].objective == pytest.approx(alone.objective, rel=2e-4)
 
 
 def test_a_path_that_has_ended_is_not_followed_and_an_empty_grid_has_none():
     x, y, s = problem("logistic")
-    alive = [True, True, True]
+    sure = [5, 5, 5]
     found = []
-    for points in solve_paths(x, y, s, Logistic(), [GRID, [], GRID], alive):
+    for points in solve_paths(x, y, s, Logistic(), [GRID, [], GRID], sure):
         found.append([point is not None for point in points])
-        alive[0] = False
+        sure[0] = 0
     assert found == [[True, False, True]] * 2 + [[False, False, True]] * 3  # the values of one group are solved
+
+
+def test_no_value_is_solved_that_no_tap_is_sure_to_need(monkeypatch):
+    x, y, s = problem("logistic")
+    grid = [GRID[0] * 1.1**i for i in range(7)]
+    solved, inner = [], paths._solve_group
+    monkeypatch.setattr(paths, "_solve_group", lambda *a: (solved.append([len(Cs) for Cs in a[4]]), inner(*a))[1])
+    sure = [2, 2, 2]
+    for number, _ in enumerate(solve_paths(x, y, s, Logistic(), [grid] * 3, sure)):
+        sure[:] = [0 if number >= 4 else 1, 1 if number >= 4 else 2, 0]
+    assert solved == [[4, 4, 4], [2, 2], [1]]
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -8,6 +8,8 @@ import torch
 
 from spin_hf.calibration.behind import Arriving, Behind
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
 
 def test_calls_run_in_their_order_in_one_other_thread():
     ran, told = [], []
@@ -76,7 +78,23 @@ def test_an_error_is_told_by_a_later_call_or_on_leaving(wrong):
     assert len(asked) <= wrong + 2
 
 
-def test_tensors_arrive_with_their_values():
-    found = Arriving({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(0)}).arrays()
-    assert np.array_equal(found["a"], [[0, 1, 2], [3, 4, 5]])
-    assert found["b"].shape == (0,)
+@pytest.mark.parametrize("device", DEVICES)
+def test_values_arrive_part_by_part(device):
+    wide = torch.arange(18.0).view(3, 6)
+    given = {"a": [wide[:, :2], wide[:, 3:5]], "b": [wide[:, 5:]]}
+    found = Arriving({key: [part.to(device) for part in parts] for key, parts in given.items()}).arrays()
+    assert set(found) == {"a", "b"}
+    for key, parts in given.items():
+        assert np.array_equal(found[key], np.stack([part.numpy() for part in parts], 1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_values_may_be_written_over_once_they_are_sent():
+    values = torch.zeros(1000, 1000, device="cuda")
+    torch.cuda._sleep(10**8)
+    values += 1
+    sent = Arriving({"a": [values]})
+    values += 1
+    del values
+    torch.zeros(2000, 1000, device="cuda")
+    assert np.array_equal(sent.arrays()["a"], np.ones((1000, 1, 1000)))

@@ -54,8 +54,6 @@ def test_token_weights_are_the_plain_ones(device, dtype, width, neurons, lengths
     for tap, own in ((Tap("hidden", 0), hidden), (Tap("ffn", 1), values)):
         for weights in (found, plain):
             weights.see(tap, own)
-        for one, other in zip(found.of(tap), plain.of(tap), strict=True):
-            torch.testing.assert_close(one, other)
         torch.testing.assert_close(found.pool(tap, own), plain.pool(tap, own))
 
 

@@ -22,6 +22,7 @@ from spin_hf.calibration.errors import (
     OutputFolderError,
 )
 from spin_hf.explain import explain
+from spin_hf.layout import PositionsError
 from spin_hf.pooling import pool
 from spin_hf.prediction import predict
 from spin_hf.taps import Tap
@@ -70,6 +71,16 @@ def test_weights_are_a_softmax_over_the_real_tokens(seed, rows, tokens):
     states[~mask], neurons[~mask] = torch.nan, torch.nan  # padding may hold anything
     found = seen({FFN: query}, mask, {EMBEDDINGS: states}).pool(FFN, neurons)[:, :-1]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", [1, 3, 5])
+def test_tokens_that_are_no_positions_are_told(positions):
+    """One position for all tokens would be spread over them in silence."""
+    queries, mask = {FFN: torch.ones(5)}, torch.ones(2, 4)
+    with pytest.raises(PositionsError, match=f"hidden.0 has {positions} positions for 4 tokens"):
+        seen(queries, mask, {EMBEDDINGS: torch.randn(2, positions, 5)})
+    with pytest.raises(PositionsError, match=f"ffn.1 has {positions} positions for 4 tokens"):
+        seen(queries, mask, {EMBEDDINGS: torch.randn(2, 4, 5)}).pool(FFN, torch.randn(2, positions, 3))
 
 
 def test_a_query_of_zeros_is_the_mean():
