@@ -95,12 +95,12 @@ def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
         low, high = (tuple(100 * row["interval"][side] for row in own) for side in (0, 1))
         tests = tuple(100 * row["test"] for row in own)
         series.append(Series(model, tuple(row["set"] for row in own), tests, i, i, "points", low=low, high=high))
-    by_depth = []
-    for row in rows:
+    by_depth: dict[str, list[Series]] = {name: [] for name in sets}
+    for row in sorted(rows, key=lambda row: models.index(row["model"])):
         millions = tuple(sum(row["parameters"][: int(depth)]) / 1e6 for depth in row["by_depth"])
         scores = tuple(100 * score for score in row["by_depth"].values())
-        look = {"colour": sets.index(row["set"]), "style": models.index(row["model"])}
-        by_depth.append(Series(f"{row['set']}, {row['model']}", millions, scores, **look))
+        look = models.index(row["model"])
+        by_depth[row["set"]].append(Series(row["model"], millions, scores, look, look))
     chart = Chart(
         "studies-architectures",
         "Test score of each model",
@@ -109,17 +109,20 @@ def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
         "points",
         tuple(series),
     )
-    deeper = Chart(
-        "studies-depth",
-        "Best classifier of so many blocks, on validation",
-        "The best of all candidates that run no more than these blocks.",
-        "million parameters of the blocks that run",
-        "points",
-        tuple(by_depth),
-        log_x=True,
-    )
+    deeper = [
+        Chart(
+            f"studies-depth-{name}",
+            f"{name}: best classifier of so many blocks, on validation",
+            "The best of all candidates that run no more than these blocks.",
+            "million parameters of the blocks that run",
+            "points",
+            tuple(of_set),
+            log_x=True,
+        )
+        for name, of_set in by_depth.items()
+    ]
     head = ["set", "model", "test", "validation", "features", "blocks", "million parameters in them"]
-    return [table([*head, f"{' / '.join(STAGES)}, s"], lines)], [chart, deeper]
+    return [table([*head, f"{' / '.join(STAGES)}, s"], lines)], [chart, *deeper]
 
 
 if __name__ == "__main__":
