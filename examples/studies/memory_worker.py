@@ -35,7 +35,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     sys.path += [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
     import common
     import torch
-    from adaptation_table import DEVICE, Setting, native, tokens, trained, with_lora
+    from adaptations import DEVICE, Setting, native, tokens, trained, with_lora
     from memory import Watch
     from shared import MAX_LENGTH, Source
 

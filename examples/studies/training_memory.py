@@ -1,7 +1,7 @@
 """Peak memory of a calibration against training, on IMDb texts of 150 words: by number of texts, and by batch.
 
 Each measurement has a process of its own. Calibrations have the default settings and a fifth held out, in float32;
-their batch is counted in tokens. Training is that of ``adaptation_table.py``: ``Trainer`` with AdamW, on a GPU with
+their batch is counted in tokens. Training is that of ``adaptations.py``: ``Trainer`` with AdamW, on a GPU with
 bfloat16 autocast; four steps for each size of batch, and one epoch over more texts, which takes little more.
 
     python examples/studies/training_memory.py --data DATA --models minilm PATH/TO/mpnet PATH/TO/SmolLM2-135M
