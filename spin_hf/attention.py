@@ -30,6 +30,14 @@ def sources(poolings: Mapping[Tap, Iterable[str]]) -> list[Tap]:
     return list(dict.fromkeys(source(tap) for tap, names in poolings.items() if ATTENTION in names))
 
 
+def cannot_weigh(tap: Tap, positions: int, tokens: int) -> PositionsError:
+    """The error to raise where there is not one position for each token."""
+    return PositionsError(
+        f"Tap {tap} has {positions} positions for {tokens} tokens, so that tokens can't be weighted. Leave the pooling "
+        "attention out."
+    )
+
+
 class TokenWeights:
     """The token weights of one forward, worked out as its taps come by.
 
@@ -90,10 +98,7 @@ class TokenWeights:
 
     def _check(self, tap: Tap, values: Tensor) -> None:
         if values.shape[1] != self._real.shape[1]:
-            raise PositionsError(
-                f"Tap {tap} has {values.shape[1]} positions for {self._real.shape[1]} tokens, so that tokens can't be "
-                "weighted. Leave the pooling attention out."
-            )
+            raise cannot_weigh(tap, values.shape[1], self._real.shape[1])
 
 
 def join(values: Tensor, mask: Tensor) -> Tensor:

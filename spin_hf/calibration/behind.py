@@ -27,7 +27,7 @@ class Arriving(Generic[K]):
 
     def __init__(self, parts: Mapping[K, Sequence[Tensor]]) -> None:
         self._host: dict[K, Tensor] = {}
-        self._ends: list[torch.cuda.Event] = []
+        self._ends: list[tuple[torch.device, torch.cuda.Event]] = []
         by_device: dict[torch.device, list[K]] = {}
         for key, own in parts.items():
             by_device.setdefault(own[0].device, []).append(key)
@@ -47,15 +47,16 @@ class Arriving(Generic[K]):
                 host = joined.to("cpu", non_blocking=True)
                 end.record(aside)
             joined.record_stream(aside)
-        self._ends.append(end)
+        self._ends.append((device, end))
         widths = [len(own) * own[0].shape[1] for own in parts.values()]
         for (key, own), values in zip(parts.items(), host.split(widths, 1), strict=True):
             self._host[key] = values.unflatten(1, (len(own), -1))
 
     def arrays(self) -> dict[K, np.ndarray]:
         """``(rows, parts, width)`` of each key, once they are there."""
-        for end in self._ends:
-            end.synchronize()
+        for device, end in self._ends:
+            with torch.cuda.device(device):  # a thread's own is the first, whatever the process works on
+                end.synchronize()
         return {key: values.numpy() for key, values in self._host.items()}
 
 

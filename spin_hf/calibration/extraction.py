@@ -205,7 +205,8 @@ def extract(
         queries: of the token weights of each tap, if they are pooled by attention.
 
     Raises:
-        CalibrationError: for windows on a backbone that works on other positions than its tokens; with the first batch.
+        CalibrationError: for windows or token weights on a backbone that works on other positions than its tokens; with
+            the first batch.
         DeviceMemoryError: where a text does not fit the device's memory even alone.
         NonFiniteFeaturesError: naming the tap that produced NaN or infinity.
         OutputFolderError: where the disk is full.

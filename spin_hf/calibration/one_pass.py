@@ -87,8 +87,14 @@ class TokenWeightsInOnePass(TokenWeights):
 
         self._scores.update(zip(served, scores(values, queries, real), strict=True))
 
-    def pool(self, tap: Tap, values: Tensor) -> Tensor:
+    def of(self, tap: Tap) -> tuple[Tensor, Tensor]:
         if tap not in self._scores:
+            return super().of(tap)
+        scores = self._scores[tap]
+        return scores.softmax(1).masked_fill(~self._real, 0.0), scores.logsumexp(1)
+
+    def pool(self, tap: Tap, values: Tensor) -> Tensor:
+        if tap not in self._scores or not values.is_cuda:
             return super().pool(tap, values)
         from .triton_pooling import softmax_average
 

@@ -11,7 +11,7 @@ from .batched import solve_sparse
 from .losses import Loss
 from .solver import PathPoint, solve_path
 
-AT_ONCE = 4  # values of C at most, and the strongest, which cost least
+AT_ONCE = 4  # values of C that are solved at once, at most; in the first group, whose penalties are strong, always
 _SPAN = 10.0  # values at once lie within this factor: farther ones are better started from the last solution
 
 
@@ -32,9 +32,9 @@ def solve_paths(
         x: features ``(B, n, d)``, float32, standardised.
         y, s, loss, tol: as there.
         grids: values of C of each tap, ascending; an empty one for a tap that has no path.
-        sure: how many of its next values each tap is sure to need, looked at before each group but the first, which is
-            no larger than the largest of them: weaker penalties take ever longer. A tap that needs none has ended, and
-            yields ``None`` from then on.
+        sure: how many of its next values each tap is sure to need, looked at before each group. Weaker penalties take
+            ever longer, so that a group after the first is no larger than the largest of these. A tap that needs none
+            has ended, and yields ``None`` from then on.
         factors: penalty of each feature relative to ``1 / C``, ``(B, d)``.
     """
     weight = x.new_zeros(len(x), y.shape[1], x.shape[2])  # of the last C

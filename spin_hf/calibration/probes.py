@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -119,7 +120,7 @@ def fit_probes(
 
     Args:
         features: ``(n, d)`` float32 for each place, of one width and on one device. They are solved together where that
-            :func:`~spin_hf.calibration.batched.pays`.
+            :func:`~spin_hf.calibration.batched.pays` for the largest fit.
         places: tap and pooling of each.
         Cs: the grid, ascending; a number asks for that many, each twice the last, from twice the smallest C that
             gives any weight.
@@ -135,7 +136,9 @@ def fit_probes(
     grids: list[list[float]] = []
     sure = [search.sure for search in searches]
     problems = []
-    for number, rows in enumerate(data.fits()):
+    fits, outputs = data.fits(), data.targets.shape[1]
+    together = pays(features[0].device, max(map(len, fits)), features[0].shape[1], outputs)
+    for number, rows in enumerate(fits):
         x = empty(len(features), len(rows), features[0].shape[1], device=features[0].device)
         held_out = data.folds[number][1] if number < len(data.folds) else rows[:0]
         for search, own, values in zip(searches, x, features, strict=True):
@@ -143,7 +146,7 @@ def fit_probes(
         y, s = data.targets[rows].to(x.device), data.weights[rows].to(x.device)
         grids = grids or [_grid(own, y, s, loss, Cs) for own in x]
         factors = torch.stack([1.0 / search.standard[-1][2] for search in searches]) if raw else None
-        if pays(x.device, len(rows), x.shape[2], y.shape[1]):
+        if together:
             problems.append(solve_paths(x, y, s, loss, grids, sure, factors=factors, tol=tol))
         else:
             problems.append(_in_turn(list(x), y, s, loss, grids, sure, factors, tol))
@@ -152,7 +155,8 @@ def fit_probes(
         for i, search in enumerate(searches):
             if sure[i]:
                 of_fits = [point for point in (of_fit[i] for of_fit in points) if point is not None]
-                search.add(of_fits)
+                if of_fits:
+                    search.add(of_fits)
                 sure[i] = search.sure if of_fits else 0
     return [search.ranked() for search in searches]
 
@@ -169,14 +173,10 @@ class _Search:
     @property
     def sure(self) -> int:
         """How many more values of C are to be tried, whatever comes of them."""
-        if not self.stop_early:
-            return AT_ONCE
-        return max(0, _PATIENCE - max(self.best[1], self.lowest[1]))
+        return max(0, _PATIENCE - max(self.best[1], self.lowest[1])) if self.stop_early else sys.maxsize
 
     def add(self, points: Sequence[PathPoint]) -> None:
         """Score a C's solutions, one for each fit."""
-        if not points:
-            return
         scores = [
             held_out @ point.weight.T + point.intercept
             for _, (held_out, _, _), point in zip(self.data.folds, self.standard, points, strict=False)
@@ -215,8 +215,11 @@ def _in_turn(
         for i, (x, grid) in enumerate(zip(xs, grids, strict=True))
     ]
     del xs  # the solver lets go of the rows once it has the columns
-    for _ in range(max(map(len, grids))):
-        yield [next(path, None) if wanted else None for path, wanted in zip(paths, sure, strict=True)]
+    while any(sure):
+        found = [next(path, None) if wanted else None for path, wanted in zip(paths, sure, strict=True)]
+        if not any(found):
+            return
+        yield found
 
 
 def _least(reached: tuple[float, int], value: float) -> tuple[float, int]:
@@ -275,7 +278,7 @@ def in_groups(
     """Places to be solved together, of one width each: some where it pays, others alone.
 
     A function of its arguments alone, whatever the number of processes and what else is in memory: the grouping may
-    show in the last bits.
+    show, within the gap.
 
     Args:
         fits: how many times each is solved, on other rows.

@@ -24,7 +24,7 @@ FORMAT = 2
 ABOUT = "store.json"
 _PAGE = 1024  # float32 values in a page of memory: batches share no page, so that processes never write the same one
 _MUCH = 2**26  # bytes from which several threads read: one takes in 2 GB/s of what is in memory already
-_THREADS = min(8, os.cpu_count() or 1)
+_THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 _RECORD = re.compile(r"(\d+)(?:/(\d+))? ([0-9a-f]{8})")  # batch, its parts if several, checksum
 
 
@@ -154,8 +154,9 @@ class FeatureStore:
             part = self._arrays[tap][first : first + len(rows) * width].reshape(len(rows), width)
             found[rows] = part if columns is None else part[:, columns]
 
-        if found.nbytes < _MUCH:
-            list(map(copy, self.batches, self._starts[tap][:-1]))
+        if 4 * self.rows * width < _MUCH:  # whatever the columns, their pages are read
+            for batch in zip(self.batches, self._starts[tap][:-1], strict=True):
+                copy(*batch)
         else:
             with ThreadPoolExecutor(_THREADS) as pool:
                 list(pool.map(copy, self.batches, self._starts[tap][:-1]))

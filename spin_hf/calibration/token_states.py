@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention import source
+from ..attention import cannot_weigh, source
 from ..layout import PositionsError
 from ..spin_model import SpinModel
 from ..taps import Tap, model_device, tap_width
@@ -276,10 +276,7 @@ class _Writing:
     def read(self, tap: Tap, values: Tensor) -> None:
         mask = self._step.mask
         if values.shape[1] < mask.shape[1]:
-            raise PositionsError(
-                f"Tap {tap} has {values.shape[1]} positions for {mask.shape[1]} tokens, so that tokens can't be "
-                "weighted. Leave the pooling attention out."
-            )
+            raise cannot_weigh(tap, values.shape[1], mask.shape[1])
         values = values[:, : mask.shape[1]]
         finite = values.isfinite().all(-1) | ~mask.to(values.device)
         self._wrong.append((tap, ~finite.all(1)))

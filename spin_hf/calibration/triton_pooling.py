@@ -140,10 +140,11 @@ def _softmax_average(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
     inside = column < neurons
-    peaks = tl.full([TOKENS], UNREAL, dtype=tl.float32)
+    peaks = tl.full([TOKENS], float("-inf"), dtype=tl.float32)
     for first in range(0, tokens, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        peaks = tl.maximum(peaks, tl.load(scores + row * tokens + token, mask=token < tokens, other=UNREAL))
+        score = tl.load(scores + row * tokens + token, mask=token < tokens, other=UNREAL)
+        peaks = tl.maximum(peaks, tl.where(score == UNREAL, float("-inf"), score))
     peak = tl.max(peaks, 0)
     masses = tl.zeros([TOKENS], dtype=tl.float32)
     total = tl.zeros([NEURONS], dtype=tl.float32)

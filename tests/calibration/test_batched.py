@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +11,11 @@ from spin_hf.calibration import batched, heads, paths, probes
 from spin_hf.calibration.batched import L1, L2, solve_sparse, solve_together
 from spin_hf.calibration.losses import Logistic, Multinomial, Squared
 from spin_hf.calibration.paths import solve_paths
+from spin_hf.calibration.probes import Labelled, fit_probes
 from spin_hf.calibration.ridge import solve_ridge
 from spin_hf.calibration.solver import solve_path
+from spin_hf.calibration.task import Task
+from spin_hf.taps import Tap
 
 LOSSES = {"logistic": Logistic(), "multinomial": Multinomial(), "squared": Squared()}
 GRID = [0.01, 0.03, 0.1, 0.3, 1.0]
@@ -76,6 +80,27 @@ def test_no_value_is_solved_that_no_tap_is_sure_to_need(monkeypatch):
     for number, _ in enumerate(solve_paths(x, y, s, Logistic(), [grid] * 3, sure)):
         sure[:] = [0 if number >= 4 else 1, 1 if number >= 4 else 2, 0]
     assert solved == [[4, 4, 4], [2, 2], [1]]
+
+
+@pytest.mark.parametrize("stop_early", [True, False])
+def test_folds_that_are_small_enough_to_be_solved_together_beside_a_whole_that_is_not(stop_early, monkeypatch):
+    """All fits of a place are solved in one way, and their paths end together."""
+    x, y, _ = problem("logistic", taps=2, rows=50)
+    labels, rows = y[:, 0].long().numpy(), np.arange(50)
+    task = Task.make("single_label_classification", ("no", "yes"), "accuracy", "multinomial")
+    folds = tuple((np.delete(rows, rows[i::5]), rows[i::5]) for i in range(5))
+    data = Labelled(task, labels, task.targets(labels), torch.ones(50, 1), folds, rows)
+    found = {}
+    for small in (49 * 40, 50 * 40, 39 * 40):  # the folds alone, all, none
+        monkeypatch.setattr(batched, "_SMALL", small)
+        places = [(Tap("hidden", i), "mean") for i in range(2)]
+        found[small] = fit_probes(list(x), places, data, Cs=[0.02, 0.05, 0.1, 1.0], stop_early=stop_early)
+    for ranked in found.values():
+        for probes_of_tap, others in zip(ranked, found[50 * 40], strict=True):
+            assert {len(probe.fits) for probe in probes_of_tap} == {6}
+            scores = dict(others[0].scores_by_C)
+            assert dict(probes_of_tap[0].scores_by_C) == pytest.approx(scores, abs=0.05)
+            assert stop_early or len(scores) == 4
 
 
 @pytest.mark.parametrize("kind", LOSSES)

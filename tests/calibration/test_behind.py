@@ -88,6 +88,14 @@ def test_values_arrive_part_by_part(device):
         assert np.array_equal(found[key], np.stack([part.numpy() for part in parts], 1))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_values_arrive_from_several_devices():
+    given = {name: [torch.randn(500, 300, device=f"cuda:{i % 2}")] for i, name in enumerate("abc")}
+    found = Arriving(given).arrays()
+    for name, (values,) in given.items():
+        assert np.array_equal(found[name][:, 0], values.cpu().numpy())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_values_may_be_written_over_once_they_are_sent():
     values = torch.zeros(1000, 1000, device="cuda")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from spin_hf import SpinForSequenceClassification, spin_calibrate
 from spin_hf.calibration import extraction
+from spin_hf.calibration import store as store_module
 from spin_hf.calibration.cache import clear_store, list_stores
 from spin_hf.calibration.cache import open_store as open_store_of
 from spin_hf.calibration.errors import (
@@ -28,9 +29,9 @@ from spin_hf.calibration.errors import (
 )
 from spin_hf.calibration.extraction import check_tokenizer, encode, extract, fingerprint, plan_batches, window
 from spin_hf.calibration.ranks import Ranks
-from spin_hf.calibration.store import required_bytes
+from spin_hf.calibration.store import FeatureStore, recorded, required_bytes
 from spin_hf.pooling import POOLINGS, pool
-from spin_hf.taps import attach, record, tap_width
+from spin_hf.taps import Tap, attach, record, tap_width
 
 BUDGET = 40
 
@@ -286,6 +287,25 @@ def test_some_columns_can_be_read(model, encoded, open_store):
         assert required_bytes(store.widths, POOLINGS, 20) == values
         filling = 4096 * len(store.widths) * len(store.batches)
         assert values <= store.bytes == sum(p.stat().st_size for p in store.folder.glob("*.f32")) <= values + filling
+
+
+def test_a_small_batch_after_a_large_one_and_several_threads_that_read(tmp_path, monkeypatch):
+    """What is written from the same memory leaves nothing of the last batch, and what is read has its place."""
+    tap, draws = Tap("ffn", 1), np.random.default_rng(0)
+    batches = [np.arange(7, 300), np.arange(2, 7), np.arange(2)]
+    store = FeatureStore(tmp_path, widths={tap: 5}, poolings=["mean", "max"], batches=batches)
+    store.create({})
+    values = draws.normal(size=(300, 2, 5)).astype(np.float32)
+    for number, rows in enumerate(batches):
+        store.write(number, {tap: values[rows]})
+    store.close()
+    on_disk = np.fromfile(tmp_path / "ffn.1.f32", dtype=np.float32)
+    assert np.count_nonzero(on_disk) == values.size
+    assert sorted(store.whole(range(3), recorded(tmp_path, 3))) == [0, 1, 2]
+    for least in (2**26, 0):
+        monkeypatch.setattr(store_module, "_MUCH", least)
+        assert np.array_equal(store.read(tap, "max"), values[:, 1])
+        assert np.array_equal(store.read(tap, "mean", np.array([1, 4])), values[:, 0, [1, 4]])
 
 
 @pytest.mark.parametrize(

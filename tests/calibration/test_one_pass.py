@@ -10,6 +10,8 @@ from spin_hf.taps import Tap
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
+KINDS = (TokenWeightsInOnePass, TokenWeights)
+
 
 def batch(device, dtype, neurons, lengths=(1, 37, 20)):
     random, tokens = torch.Generator().manual_seed(0), max(lengths)
@@ -50,11 +52,25 @@ def test_token_weights_are_the_plain_ones(device, dtype, width, neurons, lengths
     mask[1], mask[2, 3] = 0, 0  # a window may have no token to pool, and some in its middle that are not
     draw = torch.Generator().manual_seed(1)
     queries = {tap: torch.randn(width, generator=draw).to(device) for tap in (Tap("hidden", 0), Tap("ffn", 1))}
-    found, plain = (kind(queries, mask) for kind in (TokenWeightsInOnePass, TokenWeights))
+    found, plain = (kind(queries, mask) for kind in KINDS)
     for tap, own in ((Tap("hidden", 0), hidden), (Tap("ffn", 1), values)):
         for weights in (found, plain):
             weights.see(tap, own)
         torch.testing.assert_close(found.pool(tap, own), plain.pool(tap, own))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_a_state_that_is_no_number_is_seen_under_token_weights(device, wrong):
+    states, mask = batch(device, torch.float32, 8)
+    states[1, 3, 2] = wrong
+    found, plain = (kind({Tap("hidden", 0): torch.ones(8, device=device)}, mask) for kind in KINDS)
+    for weights in (found, plain):
+        weights.see(Tap("hidden", 0), states)
+    pooled = found.pool(Tap("hidden", 0), states)
+    torch.testing.assert_close(pooled, plain.pool(Tap("hidden", 0), states), equal_nan=True)
+    assert bool(pooled[1].isnan().any()) == (wrong != -float("inf"))  # by which a token has no weight
+    assert pooled[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
