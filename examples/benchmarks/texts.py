@@ -44,14 +44,14 @@ def make_deep_rows(
     model: SpinForSequenceClassification, count: int, tokens: int, *, batch_tokens: int
 ) -> dict[str, list[Any]]:
     """Texts with four labels: whether an FFN neuron of the last block is above its median, and whether a hidden one
-    at three quarters of the depth is, both under the maximum; 5% are mislabelled.
+    at three quarters of the depth is, both on average over the tokens; 5% are mislabelled.
 
     One tap carries half of a label, so that the best classifier reads both. Of the neurons drawn at each place it is
     the one that goes with the others least: much of a random backbone's states goes together. **Changes the model.**
     """
     rows, draw = make_rows(count, tokens), np.random.default_rng(1)
     last = model.spin.depth
-    places = [(Tap("hidden", 3 * last // 4), "max"), (Tap("ffn", last), "max")]
+    places = [(Tap("hidden", 3 * last // 4), "mean"), (Tap("ffn", last), "mean")]
     tokenizer = make_tokenizer(tokens)
     width = model.spin.backbone.config.hidden_size  # no tap is narrower
     drawn = [np.sort(draw.permutation(width)[:DRAWN]) for _ in places]
