@@ -18,6 +18,7 @@ from torch import Tensor
 from .errors import OutputFolderError
 
 ROWS = 2**16  # texts at a time: enough for a matrix product to be as fast as in one piece
+_BLOCK = 256  # rows of a Gram matrix: of as many, half is not made
 _LARGE = 2**26  # bytes; several matrices are needed at once
 
 
@@ -73,6 +74,20 @@ def summed(count: int, part: Callable[[slice], Tensor], *, width: int = 1) -> Te
         total = made if total is None else total.add_(made)
     assert total is not None
     return total
+
+
+def lower_gram(features: Tensor, weights: Tensor) -> Tensor:
+    """``features diag(weights) features'``, ``(p, p)``, of ``(p, n)``; zeros right of blocks on the diagonal."""
+    found = features.new_zeros(len(features), len(features))
+    for first in range(0, len(features), _BLOCK):
+        end = first + _BLOCK
+        found[first:end, :end] = (features[first:end] * weights) @ features[:end].T
+    return found
+
+
+def both_halves(lower: Tensor) -> Tensor:
+    """The symmetric matrix that has this lower triangle."""
+    return lower.tril() + lower.tril(-1).T
 
 
 def _index(rows: np.ndarray, x: Tensor) -> Tensor:

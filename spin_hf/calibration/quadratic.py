@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blocks import summed
+from .blocks import both_halves, lower_gram, summed
 from .jump import within_signs
 from .losses import Loss
 
 _STEPS_PER_SOLVE = 10
-_AT_ONCE = 256  # rows of a Gram matrix: of as many, half is not made
 
 
 class Quadratic:
@@ -94,14 +93,9 @@ class Quadratic:
         return summed(xt.shape[1], lambda texts: made(xt[:, texts], texts, k, which, half))
 
     def _own_rows(self, xt: Tensor, texts: slice, k: int, which: Tensor, half: bool) -> Tensor:
-        features = xt[self.column[k, : self.sizes[k]]]
-        rows = self.gram.new_zeros(len(which), len(features))
-        step = _AT_ONCE if half else max(1, len(which))
-        for first in range(0, len(which), step):
-            some = slice(first, first + step)
-            end = first + step if half else len(features)
-            rows[some, :end] = (features[which[some]] * self.curvature[texts, k]) @ features[:end].T
-        return rows
+        features, curvature = xt[self.column[k, : self.sizes[k]]], self.curvature[texts, k]
+        rows = lower_gram(features, curvature) if half else (features[which] * curvature) @ features.T
+        return rows.to(self.gram)
 
     def _joint_rows(self, xt: Tensor, texts: slice, k: int, which: Tensor, half: bool) -> Tensor:
         output = self.output[k, : self.sizes[k]]
@@ -125,7 +119,7 @@ class Quadratic:
         self.fits[problems] = True
         for k in problems:
             gram = self.gram[k, : self.sizes[k], : self.sizes[k]]
-            gram.copy_(gram.tril() + gram.tril(-1).T)
+            gram.copy_(both_halves(gram))
             self.bound[k] = _largest_eigenvalue(gram)
             # More than rounding, so that it can be factorised; little beside any curvature that matters.
             gram.diagonal().add_(2.5 * torch.finfo(dtype).eps * self.bound[k])

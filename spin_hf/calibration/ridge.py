@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .blocks import summed
+from .blocks import both_halves, lower_gram, summed
 from .losses import Loss
 from .solver import PathPoint, balance
 
@@ -22,8 +22,8 @@ def curvature_gram(x: Tensor, curvature: Tensor) -> Tensor:
 
     One for all ``K`` outputs, from the largest curvature ``(n, K)`` of each row.
     """
-    largest = curvature.amax(1, keepdim=True).to(x.dtype)
-    return summed(len(x), lambda rows: x[rows].T @ (largest[rows] * x[rows]), width=x.shape[1])
+    largest = curvature.amax(1).to(x.dtype)
+    return both_halves(summed(len(x), lambda rows: lower_gram(x[rows].T, largest[rows]), width=x.shape[1]))
 
 
 def solve_ridge(
