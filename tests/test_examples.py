@@ -490,3 +490,9 @@ def test_study_of_architectures(study):
     assert row["blocks"] == len(row["parameters"]) == 3
     assert row["interval"][0] <= row["test"] <= row["interval"][1]
     assert lines_of(shown, "| sst2 | tiny")
+
+
+def test_study_of_weighted_texts(study):
+    rows, shown = study("weighted_texts", "--rows", 50, "--counts", 20, "--seeds", 0)
+    assert [(row["asked"], row["learned"] < 60) for row in rows] == [("all", False), (20, True)]
+    assert len(lines_of(shown, "| tiny, sst2")) == 2

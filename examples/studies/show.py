@@ -15,6 +15,7 @@ import linear_enough
 import poolings
 import sensitivity
 import training_memory
+import weighted_texts
 from shared import RESULTS, read_results
 
 from spin_hf.explain.paper_figures import save_figures
@@ -25,6 +26,7 @@ STUDIES: dict[str, Any] = {
     "memory": training_memory,
     "linear": linear_enough,
     "architectures": architectures,
+    "weighted texts": weighted_texts,
 }
 ADAPTATION = Path(__file__).parents[1] / "adaptation_table.jsonl"
 
