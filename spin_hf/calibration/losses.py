@@ -40,8 +40,8 @@ class Loss(Protocol):
         """Second-order weight of each row in each column, shape ``(n, K)``."""
         ...
 
-    def intercept_curvature(self, z: Tensor, s: Tensor) -> Tensor:
-        """Second derivative with respect to the intercepts, shape ``(K, K)``."""
+    def intercept_curvature(self, residual: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        """Second derivative with respect to the intercepts where residuals are these, shape ``(K, K)``."""
         ...
 
     def dual(self, theta: Tensor, y: Tensor, s: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ class Logistic:
         p = torch.sigmoid(z)
         return s * p * (1 - p)
 
-    def intercept_curvature(self, z: Tensor, s: Tensor) -> Tensor:
-        p = torch.sigmoid(z)
+    def intercept_curvature(self, residual: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        p = y - residual / s
         return (s * p * (1 - p)).sum(-2).diag_embed()
 
     def dual(self, theta: Tensor, y: Tensor, s: Tensor) -> Tensor:
@@ -98,8 +98,8 @@ class Multinomial:
         p = torch.softmax(z, -1)
         return s * 2 * p * (1 - p)
 
-    def intercept_curvature(self, z: Tensor, s: Tensor) -> Tensor:
-        p = torch.softmax(z, -1)
+    def intercept_curvature(self, residual: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        p = y - residual / s
         return (s * p).sum(-2).diag_embed() - p.mT @ (s * p)
 
     def dual(self, theta: Tensor, y: Tensor, s: Tensor) -> Tensor:
@@ -123,8 +123,8 @@ class Squared:
     def curvature(self, z: Tensor, s: Tensor) -> Tensor:
         return s.expand_as(z)
 
-    def intercept_curvature(self, z: Tensor, s: Tensor) -> Tensor:
-        return s.expand_as(z).sum(-2).diag_embed()
+    def intercept_curvature(self, residual: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return s.expand_as(residual).sum(-2).diag_embed()
 
     def dual(self, theta: Tensor, y: Tensor, s: Tensor) -> Tensor:
         centred = y - y.mean(-2, keepdim=True)  # theta sums to zero but for rounding, which a large mean would blow up

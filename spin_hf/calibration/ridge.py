@@ -14,7 +14,9 @@ from torch import Tensor
 
 from .blocks import both_halves, lower_gram, summed
 from .losses import Loss
-from .solver import PathPoint, balance
+from .solver import ROUGH, PathPoint, balance
+
+_SAFE = 0.99  # of the gap, before the intercepts are exact
 
 
 def curvature_gram(x: Tensor, curvature: Tensor) -> Tensor:
@@ -62,10 +64,10 @@ def solve_ridge(
     for C in Cs:
         ridge, factor, objective, gap, steps = 1.0 / C, None, 0.0, float("inf"), 0
         for steps in range(max_steps + 1):
-            residual = loss.residual(scores + intercept, y, s)
-            pull = (x.T @ residual.to(x.dtype)).double()
-            objective, gap = _relative_gap(loss, scores + intercept, residual, y, s, weight, pull, ridge)
-            if gap <= tol or steps == max_steps:
+            pull, objective, gap = _pull_and_gap(x, loss, scores + intercept, y, s, weight, ridge)
+            if gap <= _SAFE * tol or steps == max_steps:
+                intercept = balance(loss, scores, intercept, y, s)
+                _, objective, gap = _pull_and_gap(x, loss, scores + intercept, y, s, weight, ridge)
                 break
             if metric is None or (gram is None and steps % 3 == 2):
                 metric, factor = curvature_gram(x, loss.curvature(scores + intercept, s)), None
@@ -73,10 +75,10 @@ def solve_ridge(
                 factor = torch.linalg.cholesky(metric + ridge * torch.eye(len(metric), device=x.device, dtype=x.dtype))
             move = torch.cholesky_solve((pull - ridge * weight).to(x.dtype), factor).double()
             shift = (x @ move.to(x.dtype)).double()
-            length = _step_length(loss, scores + intercept, shift, y, s, weight, move, ridge)
+            length = _step_length(loss, scores + intercept, shift, y, s, weight, move, ridge, objective)
             weight = weight + length * move
             scores = scores + length * shift
-            intercept = balance(loss, scores, intercept, y, s)
+            intercept = balance(loss, scores, intercept, y, s, accuracy=min(ROUGH, 1e-4 * tol))
         yield PathPoint(C, weight.T.to(x.dtype), intercept.to(x.dtype), objective, gap, steps, converged=gap <= tol)
 
 
@@ -95,24 +97,27 @@ def _solve_by_rows(
         yield replace(point, weight=(x.T @ dual.to(x.dtype)).T)
 
 
-def _relative_gap(
-    loss: Loss, z: Tensor, residual: Tensor, y: Tensor, s: Tensor, weight: Tensor, pull: Tensor, ridge: float
-) -> tuple[float, float]:
+def _pull_and_gap(
+    x: Tensor, loss: Loss, z: Tensor, y: Tensor, s: Tensor, weight: Tensor, ridge: float
+) -> tuple[Tensor, float, float]:
+    """Minus the gradient of the loss ``(p, K)``, the objective, and its relative duality gap."""
+    residual = loss.residual(z, y, s)
+    pull = (x.T @ residual.to(x.dtype)).double()
     primal = loss.value(z, y, s).sum() + ridge / 2 * weight.square().sum()
     dual = loss.dual(residual, y, s).sum() - pull.square().sum() / (2 * ridge)
-    return float(primal), float((primal - dual).clamp_min(0) / primal.clamp_min(1e-300))
+    return pull, float(primal), float((primal - dual).clamp_min(0) / primal.clamp_min(1e-300))
 
 
 def _step_length(
-    loss: Loss, z: Tensor, shift: Tensor, y: Tensor, s: Tensor, weight: Tensor, move: Tensor, ridge: float
+    loss: Loss, z: Tensor, shift: Tensor, y: Tensor, s: Tensor, weight: Tensor, move: Tensor, ridge: float, start: float
 ) -> float:
-    """The best of 1, 2, 4 ... while it improves, or the first of 1/2, 1/4 ... that does."""
+    """The best of 1, 2, 4 ... while it improves on the objective ``start``, or the first of 1/2, 1/4 ... that does."""
 
     def objective(length: float) -> float:
         fit = loss.value(z + length * shift, y, s).sum()
         return float(fit + ridge / 2 * (weight + length * move).square().sum())
 
-    length, value, start = 1.0, objective(1.0), objective(0.0)
+    length, value = 1.0, objective(1.0)
     if value < start:
         while length < 16 and (longer := objective(2 * length)) < value:
             length, value = 2 * length, longer
