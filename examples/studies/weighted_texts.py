@@ -28,7 +28,7 @@ def run(options: Any) -> None:
         for name in options.sets:
             parts = load(options, name)
             for seed in options.seeds:
-                for count in [None, *options.counts]:
+                for count in [None, *(count for count in options.counts if count < len(parts[0]) + len(parts[1]))]:
                     key = {"model": source.name, "set": name, "seed": seed, "asked": count or "all"}
                     if study.done(**key):
                         continue
@@ -46,14 +46,15 @@ def run(options: Any) -> None:
 
 
 class _Some:
-    """Room for the states of so many texts, of those that there would be room for."""
+    """Room for the states of so many texts, of the average length, or of as many as there would be room for."""
 
     def __init__(self, count: int | None) -> None:
         self.count, self.all = count, token_states.states_bytes
 
     def __call__(self, model: Any, taps: Any, encoded: Any) -> int:
-        share = min(1.0, (self.count or len(encoded.lengths)) / len(encoded.lengths))
-        return int(share * self.all(model, taps, encoded))
+        room, widths = self.all(model, taps, encoded), token_states.states_widths(model, taps)
+        texts = len(encoded.lengths)
+        return min(room, 2 * sum(widths.values()) * sum(encoded.lengths) * (self.count or texts) // texts)
 
 
 def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
@@ -61,13 +62,13 @@ def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
     lines, series = [], []
     for i, (model, name) in enumerate(pairs(rows)):
         own = of(rows, model=model, set=name)
-        places = {}
+        places = []
         for asked in sorted({row["asked"] for row in own}, key=lambda asked: (asked == "all", asked)):
             found = of(own, asked=asked)
             learned, loss = (mean([row[name] for row in found]) for name in ("learned", "loss"))
             scores = [row["validation"] for row in found]
             seconds = [mean([row["seconds"][stage] for row in found]) for stage in ("token weights", "total")]
-            places[learned] = loss
+            places.append((learned, loss))
             lines.append(
                 [
                     f"{model}, {name}",
@@ -78,7 +79,7 @@ def shown(rows: Rows) -> tuple[list[str], list[Chart]]:
                     " / ".join(f"{value:.0f}" for value in seconds),
                 ]
             )
-        series.append(Series(f"{model}, {name}", tuple(places), tuple(places.values()), i, i))
+        series.append(Series(f"{model}, {name}", *zip(*sorted(places), strict=True), i, i))
     chart = Chart(
         "studies-weighted-texts",
         "Token weights by the texts that they are learned from",

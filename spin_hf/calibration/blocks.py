@@ -86,8 +86,9 @@ def lower_gram(features: Tensor, weights: Tensor) -> Tensor:
 
 
 def both_halves(lower: Tensor) -> Tensor:
-    """The symmetric matrix that has this lower triangle."""
-    return lower.tril() + lower.tril(-1).T
+    """The symmetric matrix that has this lower triangle, whatever stands above it, in its place."""
+    lower.tril_()
+    return lower.add_(lower.tril(-1).T)
 
 
 def _index(rows: np.ndarray, x: Tensor) -> Tensor:

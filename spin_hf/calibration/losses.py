@@ -1,7 +1,7 @@
 """The losses a probe or head can minimise, each with its gradient, curvature and convex conjugate.
 
 All of them act on scores ``Z = X W + b`` of shape ``(n, K)`` and targets ``Y`` of the same shape, and all are sums
-over the rows, weighted by ``s`` of shape ``(n, 1)`` or, for losses whose columns
+over the rows, weighted by positive ``s`` of shape ``(n, 1)`` or, for losses whose columns
 are separate problems, ``(n, K)``. Values, residuals and duals take any number of such problems at once: shapes
 ``(..., n, K)``. What the solver needs beyond value and gradient is
 
@@ -41,7 +41,7 @@ class Loss(Protocol):
         ...
 
     def intercept_curvature(self, residual: Tensor, y: Tensor, s: Tensor) -> Tensor:
-        """Second derivative with respect to the intercepts where residuals are these, shape ``(K, K)``."""
+        """Second derivative with respect to the intercepts at the scores of these residuals, shape ``(K, K)``."""
         ...
 
     def dual(self, theta: Tensor, y: Tensor, s: Tensor) -> Tensor:

@@ -91,10 +91,10 @@ class TokenWeightsInOnePass(TokenWeights):
         if tap not in self._scores:
             return super().of(tap)
         scores = self._scores[tap]
-        return scores.softmax(1).masked_fill(~self._real, 0.0), scores.logsumexp(1)
+        return scores.softmax(1).masked_fill(~self._real.to(scores.device), 0.0), scores.logsumexp(1)
 
     def pool(self, tap: Tap, values: Tensor) -> Tensor:
-        if tap not in self._scores or not values.is_cuda:
+        if tap not in self._scores or not values.is_cuda:  # a backbone's parts may lie on different devices
             return super().pool(tap, values)
         from .triton_pooling import softmax_average
 

@@ -155,9 +155,11 @@ def fit_probes(
         for i, search in enumerate(searches):
             if sure[i]:
                 of_fits = [point for point in (of_fit[i] for of_fit in points) if point is not None]
-                if of_fits:
-                    search.add(of_fits)
-                sure[i] = search.sure if of_fits else 0
+                if not of_fits:
+                    sure[i] = 0
+                    continue
+                search.add(of_fits)
+                sure[i] = search.sure
     return [search.ranked() for search in searches]
 
 
@@ -209,7 +211,7 @@ def _in_turn(
     factors: Tensor | None,
     tol: float,
 ) -> Iterator[list[PathPoint | None]]:
-    """What :func:`solve_paths` yields, from a solver for each place."""
+    """What :func:`solve_paths` yields, from a solver for each place; the caller changes ``sure`` meanwhile."""
     paths = [
         solve_path(x, y, s, loss, grid, factors=None if factors is None else factors[i], tol=tol)
         for i, (x, grid) in enumerate(zip(xs, grids, strict=True))

@@ -119,7 +119,7 @@ class Quadratic:
         self.fits[problems] = True
         for k in problems:
             gram = self.gram[k, : self.sizes[k], : self.sizes[k]]
-            gram.copy_(both_halves(gram))
+            both_halves(gram)
             self.bound[k] = _largest_eigenvalue(gram)
             # More than rounding, so that it can be factorised; little beside any curvature that matters.
             gram.diagonal().add_(2.5 * torch.finfo(dtype).eps * self.bound[k])

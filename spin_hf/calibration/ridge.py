@@ -14,9 +14,7 @@ from torch import Tensor
 
 from .blocks import both_halves, lower_gram, summed
 from .losses import Loss
-from .solver import ROUGH, PathPoint, balance
-
-_SAFE = 0.99  # of the gap, before the intercepts are exact
+from .solver import PathPoint, balance
 
 
 def curvature_gram(x: Tensor, curvature: Tensor) -> Tensor:
@@ -64,10 +62,10 @@ def solve_ridge(
     for C in Cs:
         ridge, factor, objective, gap, steps = 1.0 / C, None, 0.0, float("inf"), 0
         for steps in range(max_steps + 1):
-            pull, objective, gap = _pull_and_gap(x, loss, scores + intercept, y, s, weight, ridge)
-            if gap <= _SAFE * tol or steps == max_steps:
-                intercept = balance(loss, scores, intercept, y, s)
-                _, objective, gap = _pull_and_gap(x, loss, scores + intercept, y, s, weight, ridge)
+            residual = loss.residual(scores + intercept, y, s)
+            pull = (x.T @ residual.to(x.dtype)).double()
+            objective, gap = _relative_gap(loss, scores + intercept, residual, y, s, weight, pull, ridge)
+            if gap <= tol or steps == max_steps:
                 break
             if metric is None or (gram is None and steps % 3 == 2):
                 metric, factor = curvature_gram(x, loss.curvature(scores + intercept, s)), None
@@ -78,7 +76,7 @@ def solve_ridge(
             length = _step_length(loss, scores + intercept, shift, y, s, weight, move, ridge, objective)
             weight = weight + length * move
             scores = scores + length * shift
-            intercept = balance(loss, scores, intercept, y, s, accuracy=min(ROUGH, 1e-4 * tol))
+            intercept = balance(loss, scores, intercept, y, s)
         yield PathPoint(C, weight.T.to(x.dtype), intercept.to(x.dtype), objective, gap, steps, converged=gap <= tol)
 
 
@@ -97,15 +95,12 @@ def _solve_by_rows(
         yield replace(point, weight=(x.T @ dual.to(x.dtype)).T)
 
 
-def _pull_and_gap(
-    x: Tensor, loss: Loss, z: Tensor, y: Tensor, s: Tensor, weight: Tensor, ridge: float
-) -> tuple[Tensor, float, float]:
-    """Minus the gradient of the loss ``(p, K)``, the objective, and its relative duality gap."""
-    residual = loss.residual(z, y, s)
-    pull = (x.T @ residual.to(x.dtype)).double()
+def _relative_gap(
+    loss: Loss, z: Tensor, residual: Tensor, y: Tensor, s: Tensor, weight: Tensor, pull: Tensor, ridge: float
+) -> tuple[float, float]:
     primal = loss.value(z, y, s).sum() + ridge / 2 * weight.square().sum()
     dual = loss.dual(residual, y, s).sum() - pull.square().sum() / (2 * ridge)
-    return pull, float(primal), float((primal - dual).clamp_min(0) / primal.clamp_min(1e-300))
+    return float(primal), float((primal - dual).clamp_min(0) / primal.clamp_min(1e-300))
 
 
 def _step_length(

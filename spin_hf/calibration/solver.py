@@ -37,7 +37,7 @@ _LEAST_ADDED = 32  # weights of a column that may enter the working set at once;
 _CONTRACTION = 0.5  # a curvature by which a step leaves more of the gap than this no longer serves
 _LARGEST_JOINT = 4096  # weights of coupled columns up to which their whole Hessian is made
 _IN_A_ROW = 12  # steps on one working set; what takes more is ill-conditioned, and float32 is not enough for it
-ROUGH = 1e-8  # to which residuals sum to zero between steps; a certificate is of exact ones
+_ROUGH = 1e-8  # to which residuals sum to zero between steps; a certificate is of exact ones
 _WIDENED = 256  # features turned to float64 at once
 _PATIENCE = 20  # steps without a better gap after which rounding is taken to be the limit
 
@@ -279,7 +279,7 @@ class _Problem:
                 stood = stood and bool((length[unsettled] == 0.0).all())
                 self.intercept = present[:, -1]
                 self.scores = z + length * shift - self.intercept
-                self.balance(ROUGH)
+                self.balance(_ROUGH)
                 present[:, -1] = self.intercept
             self.weight[union] = present[:, :-1].T
             gradient = xt[:-1] @ self.residual().to(xt.dtype) / factors

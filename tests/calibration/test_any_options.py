@@ -1,9 +1,11 @@
 """Whatever the options and the data: a classifier, or an error that says what to do."""
 
+import re
+
 import pytest
 import torch
 from builders import make_backbone
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from spin_hf import SpinForSequenceClassification, spin_calibrate
@@ -29,11 +31,16 @@ OPTIONS = st.fixed_dictionaries(
     },
 )
 PROBLEMS = st.sampled_from(["single_label_classification", "multi_label_classification", "regression"])
+EXPECTED = re.compile(
+    "Token weights are learned once|paper's preset has one C|class_weight has no meaning for regression"
+    "|single row|at least . rows of each class|row of each class|every probe is empty|No candidate has at most"
+)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 1000), st.integers(6, 60), st.integers(2, 4), PROBLEMS, OPTIONS, st.data())
-def test_a_classifier_or_what_to_do(tokenizer, seed, count, classes, problem, options, data):
+@given(st.integers(0, 1000), st.integers(6, 60), st.integers(2, 4), PROBLEMS, OPTIONS, st.integers(0, 70))
+@example(0, 50, 2, "single_label_classification", {"Cs": 3}, 45)  # the folds are solved together, all rows are not
+def test_a_classifier_or_what_to_do(tokenizer, seed, count, classes, problem, options, together):
     draw = torch.Generator().manual_seed(seed)
     words = sorted(word for word in tokenizer.get_vocab() if word.isalpha())
 
@@ -53,11 +60,13 @@ def test_a_classifier_or_what_to_do(tokenizer, seed, count, classes, problem, op
         make_backbone("bert", vocab_size=len(tokenizer)), num_labels=outputs, problem_type=problem
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batched, "_SMALL", 32 * data.draw(st.integers(0, 70), label="rows that are solved together"))
+        patch.setattr(batched, "_SMALL", 32 * together)  # so many rows
         try:
             spin_calibrate(model, tokenizer, {"text": texts, column: of_texts}, progress=False, **options)
-        except CalibrationError:
-            return
+        except CalibrationError as error:
+            if EXPECTED.search(str(error)):
+                return
+            raise
     model.eval()
     with torch.no_grad():
         logits = model(**tokenizer(texts[:3], padding=True, return_tensors="pt")).logits

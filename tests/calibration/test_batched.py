@@ -71,7 +71,7 @@ def test_a_path_that_has_ended_is_not_followed_and_an_empty_grid_has_none():
     assert found == [[True, False, True]] * 2 + [[False, False, True]] * 3  # the values of one group are solved
 
 
-def test_no_value_is_solved_that_no_tap_is_sure_to_need(monkeypatch):
+def test_after_the_first_values_none_is_solved_that_no_tap_is_sure_to_need(monkeypatch):
     x, y, s = problem("logistic")
     grid = [GRID[0] * 1.1**i for i in range(7)]
     solved, inner = [], paths._solve_group
