@@ -37,6 +37,16 @@ def test_whole_step_benchmark():
     assert sum(stages) == pytest.approx(found["over the forward"], abs=0.01)
 
 
+def test_encode_benchmark(run):
+    pytest.importorskip("sentence_transformers")
+    options = ("--sentences", 9, "--reviews", 3, "--rounds", 1, "--sizes", 4, "--device", "cpu")
+    rows = list(map(json.loads, run("benchmarks/encode.py", *options, data="sst2").splitlines()))
+    assert [(row["set"], row["texts"]) for row in rows] == [("sst2", 9), ("imdb", 3)]
+    for row in rows:
+        assert set(row["ratio to the quickest encode"]) == {"all taps, attention", "all taps, mean"}
+        assert min(row["seconds"].values()) > 0
+
+
 def test_solver_benchmark(run):
     options = ("--set", "sst2", "--taps", "hidden.1", "--rows", 60, "--points", 2, "--rounds", 1)
     options += ("--limit", 1e4)  # nobody is stopped, however busy the machine
