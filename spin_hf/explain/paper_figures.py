@@ -18,7 +18,8 @@ _MARKERS = ("o", "^", "s", "D", "X", "P")
 _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 3)), (0, (8, 2, 2, 2)))
 _DPI = 200  # of files for papers
 _MOST_TICKS = 24
-_FEW = 8  # values on a logarithmic axis that are each told
+_FEW = 8  # values on a logarithmic axis that are each told, but for those that stand too close
+_APART = 1.25
 _GROUP = 0.6  # of the room of a name, what its points take
 
 
@@ -79,7 +80,11 @@ def _draw_chart(picture: Picture, axes: Axes, chart: Chart) -> None:
         axes.set_xscale("log")
         places = sorted({float(x) for series in chart.series for x in series.x if isinstance(x, (int, float))})
         if len(places) <= _FEW:
-            axes.set_xticks(places, [f"{x:,.10g}" for x in places])
+            told: list[float] = []
+            for x in places:
+                if not told or x >= _APART * told[-1]:
+                    told.append(x)
+            axes.set_xticks(told, [f"{x:,.10g}" for x in told])
             axes.set_xticks([], minor=True)
     if chart.x_whole:
         ends = [float(x) for series in chart.series for x in series.x if isinstance(x, (int, float))]
