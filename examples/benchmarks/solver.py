@@ -13,11 +13,14 @@ has. liblinear and celer have no free intercept: they get a column of 100,000, w
 our solver for GPUs; on a CPU ``spin_calibrate`` takes the other.
 
 The second part is the schedule of the paper's code: SAGA on the raw features, 16 times 4 iterations for each C of the
-paper's table, whatever the gap; ours solves the same problems to 1e-4.
+paper's table, whatever the gap; ours solves the same problems to 1e-4. With ``--device cuda`` ours solves all taps of a
+width at once there, while the schedule has ``--jobs`` processes of the same machine, each with another tap or C.
 
-Seconds are CPU time of one thread. What numba compiles was compiled before.
+Seconds are CPU time of one thread, but those with a GPU or with several processes, which are seconds of the clock. What
+numba compiles was compiled before.
 
     python examples/benchmarks/solver.py --data DATA --set sst2 trec --taps hidden.4 ffn.4
+    python examples/benchmarks/solver.py --data DATA --parts schedule --device cuda --jobs 16 --taps hidden.1 ffn.1 ...
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import results
 import torch
@@ -88,7 +92,7 @@ class Case:
 
     def gap(self, unit: slice, weight: np.ndarray, C: float, factors: Tensor | None = None) -> float:
         """Certified for weights ``(columns, d)``, with the best intercepts for them."""
-        start = torch.from_numpy(np.asarray(weight, dtype=np.float32))
+        start = torch.from_numpy(np.asarray(weight, dtype=np.float32)).to(self.x.device)
         problem = self.x, self.y[:, unit], self.s, self.loss
         return next(solve_path(*problem, [C], factors=factors, start=start, max_steps=0)).gap
 
@@ -226,35 +230,73 @@ def compare(case: Case, peers: Sequence[str], points: int, rounds: int, limit: f
     ]
 
 
-def schedule(case: Case) -> dict[str, Any]:
-    """Ours, run before and after, and the schedule of the paper's code, which is for raw features."""
-    Cs, x = Recipe.make("paper").Cs, case.raw.numpy()
+def schedule(cases: Sequence[Case], jobs: int) -> dict[str, Any]:
+    """Ours, run before and after, and the schedule of the paper's code, of taps of one width. All take raw features."""
+    Cs, first = Recipe.make("paper").Cs, cases[0]
     assert not isinstance(Cs, int)
-    factors = 1 / case.raw.std(0, correction=0)
-    mine, gaps, theirs = [seconds_of(lambda: ours(case, Cs, factors))], [], 0.0
-    (unit,) = case.units
-    for C in Cs:
-        model = LogisticRegression(l1_ratio=1.0, solver="saga", C=C, max_iter=ITERATIONS, warm_start=True)
-        theirs += sum(seconds_of(functools.partial(model.fit, x, case.labels)) for _ in range(RESTARTS))
-        gaps.append(case.gap(unit, model.coef_ / factors.numpy(), C, factors))
-    began = time.process_time()
-    path = ours(case, Cs, factors)
-    mine.append(time.process_time() - began)
+    clock = time.perf_counter if jobs > 1 or first.x.is_cuda else time.process_time
+    factors = [1 / case.raw.std(0, correction=0) for case in cases]
+    if first.x.is_cuda:
+        together(cases, factors, Cs)  # loads the libraries
+    began = clock()
+    together(cases, factors, Cs)
+    seconds = [clock() - began]
+    places = [(case, C) for case in cases for C in Cs]
+    raw = {id(case): case.raw.cpu().numpy() for case in cases}
+    runs = [joblib.delayed(repeated)(raw[id(case)], case.labels, C) for case, C in places]
+    parallel, few = joblib.Parallel(n_jobs=jobs, max_nbytes="1M"), np.eye(8, dtype=np.float32)
+    parallel([joblib.delayed(repeated)(few, np.arange(8) % 2, 1.0)] * jobs)  # starts the processes
+    began = clock()
+    found = list(parallel(runs))
+    theirs = clock() - began
+    scales = {id(case): scale for case, scale in zip(cases, factors, strict=True)}
+    gaps = []
+    for (case, C), weight in zip(places, found, strict=True):
+        (unit,), scale = case.units, scales[id(case)]
+        gaps.append(case.gap(unit, weight / scale.cpu().numpy(), C, scale))
+    began = clock()
+    points = together(cases, factors, Cs)
+    seconds.append(clock() - began)
+    mine = statistics.median(seconds)
     return {
-        **case.about,
+        **first.about,
+        "tap": " ".join(str(case.about["tap"]) for case in cases),
         "values_of_C": len(Cs),
-        "seconds": {"spin_hf": round(statistics.median(mine), 2), "schedule": round(theirs, 2)},
-        "ratio": round(theirs / statistics.median(mine), 2),
+        "processes of the schedule": jobs,
+        "seconds": {"spin_hf": round(mine, 2), "schedule": round(theirs, 2)},
+        "ratio": round(theirs / mine, 2),
         "least gap": {"schedule": min(gaps)},
-        "worst gap": {"spin_hf": max(point.gap for point in path), "schedule": max(gaps)},
+        "worst gap": {"spin_hf": max(point.gap for path in points for point in path), "schedule": max(gaps)},
         "weights at the last C": {
-            "spin_hf": int((path[-1].weight != 0).sum()),
-            "schedule": int((model.coef_ != 0).sum()),
+            "spin_hf": sum(int((path[-1].weight != 0).sum()) for path in points),
+            "schedule": sum(int((weight != 0).sum()) for weight in found[len(Cs) - 1 :: len(Cs)]),
         },
     }
 
 
-def cases(folder: Path, name: str, taps: Sequence[Tap], rows: int | None) -> list[Case]:
+def together(cases: Sequence[Case], factors: Sequence[Tensor], Cs: Sequence[float]) -> list[list[PathPoint]]:
+    """The paths of taps of one width as ``spin_calibrate`` solves them: on a GPU all at once, on a CPU one by one."""
+    first = cases[0]
+    if not first.x.is_cuda:
+        return [ours(case, Cs, scale) for case, scale in zip(cases, factors, strict=True)]
+    x, every = torch.stack([case.x for case in cases]), [list(Cs)] * len(cases)
+    sure = [len(Cs)] * len(cases)
+    found = list(solve_paths(x, first.y, first.s, first.loss, every, sure, factors=torch.stack([*factors]), tol=GAP))
+    torch.cuda.synchronize()
+    return [[point for point in path if point is not None] for path in zip(*found, strict=True)]
+
+
+def repeated(x: np.ndarray, labels: np.ndarray, C: float) -> np.ndarray:
+    """The weights that SAGA has after as many restarts as the paper's code gives it for one C."""
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    model = LogisticRegression(l1_ratio=1.0, solver="saga", C=C, max_iter=ITERATIONS, warm_start=True)
+    for _ in range(RESTARTS):
+        model.fit(x, labels)
+    weight: np.ndarray = model.coef_
+    return weight
+
+
+def cases(folder: Path, name: str, taps: Sequence[Tap], rows: int | None, model: Path, device: str) -> list[Case]:
     """Of a data set: its taps under each loss."""
     train = draw(load(folder, name)[0], rows)
     names = sorted({row["label"] for row in train})
@@ -262,27 +304,27 @@ def cases(folder: Path, name: str, taps: Sequence[Tap], rows: int | None) -> lis
     y = torch.from_numpy(labels).float()[:, None]
     if len(names) > 2:
         y = torch.nn.functional.one_hot(torch.from_numpy(labels)).float()
-    made = []
-    for tap, raw in features(taps, [row["text"] for row in train]).items():
+    y, made = y.to(device), []
+    for tap, raw in features(taps, [row["text"] for row in train], model, device).items():
         x = (raw - raw.mean(0)) / raw.std(0, correction=0)
         for loss in ["one-vs-rest", "multinomial"] if len(names) > 2 else ["logistic"]:
             about = {"set": name, "tap": str(tap), "loss": loss, "n": len(x), "d": x.shape[1], "classes": len(names)}
-            made.append(Case(about, raw, x, labels, y, torch.ones(len(x), 1), LOSSES[loss]))
+            made.append(Case(about, raw, x, labels, y, torch.ones(len(x), 1, device=device), LOSSES[loss]))
     return made
 
 
-def features(taps: Sequence[Tap], texts: list[str]) -> dict[Tap, Tensor]:
-    """Mean-pooled features of MiniLM."""
-    tokenizer = AutoTokenizer.from_pretrained(backbone_folder())
-    model = SpinForSequenceClassification.from_backbone(backbone_folder())
+def features(taps: Sequence[Tap], texts: list[str], folder: Path, device: str) -> dict[Tap, Tensor]:
+    """Mean-pooled features of a backbone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = SpinForSequenceClassification.from_backbone(str(folder), dtype=torch.float32, device_map=device)
     encoded = encode(tokenizer, texts, None, 512)
     widths = {tap: tap_width(model.spin.backbone, model.spin.layout, tap) for tap in taps}
     batches = plan_batches(encoded.lengths, 4096)
-    with tempfile.TemporaryDirectory() as folder:
-        store = FeatureStore(Path(folder), widths=widths, poolings=["mean"], batches=batches)
+    with tempfile.TemporaryDirectory() as place:
+        store = FeatureStore(Path(place), widths=widths, poolings=["mean"], batches=batches)
         store.create({})
         extract(model.spin, encoded, store, range(len(batches)), 0, lambda tokens: None)
-        return {tap: torch.from_numpy(np.array(store.read(tap, "mean"))) for tap in taps}
+        return {tap: torch.from_numpy(np.array(store.read(tap, "mean"))).to(device) for tap in taps}
 
 
 def main() -> None:
@@ -296,13 +338,20 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=8, help="values of C, each twice the last")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=6.0, help="a peer may take so many times our seconds")
+    parser.add_argument("--model", type=Path, default=backbone_folder(), help="folder of a backbone (default: MiniLM)")
+    parser.add_argument("--device", default="cpu", help="of ours, in the schedule's part")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of the paper's schedule")
     arguments = parser.parse_args()
+    if "gap" in arguments.parts and arguments.device != "cpu":
+        parser.error("at one gap all solve on a CPU: give --parts schedule with another --device")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", ConvergenceWarning)  # what a peer reached is measured
     peers = available(arguments.peers)
     versions = ", ".join(f"{name} {number}" for name, number in peers.items())
-    every = [case for name in arguments.set for case in cases(arguments.data, name, arguments.taps, arguments.rows)]
-    name = f"MiniLM on {' '.join(arguments.set)}, {' '.join(map(str, arguments.taps))}"
+    given = arguments.taps, arguments.rows, arguments.model, arguments.device
+    every = [case for name in arguments.set for case in cases(arguments.data, name, *given)]
+    shown = "MiniLM" if arguments.model == backbone_folder() else arguments.model.name
+    name = f"{shown} on {' '.join(arguments.set)}, {' '.join(map(str, arguments.taps))}"
     if "gap" in arguments.parts:
         rows = []
         for case in every:
@@ -311,8 +360,12 @@ def main() -> None:
             rows += [row | {"peers": versions} for row in found]
             results.write_section(arguments.record, f"Solver, at one gap: {name}", rows)
     if "schedule" in arguments.parts:
-        rows = [schedule(case) for case in every if case.about["loss"] != "one-vs-rest"]
-        results.report(arguments.record, f"Solver, the paper's schedule: {name}", rows)
+        groups: dict[tuple[str, int], list[Case]] = {}
+        for case in every:
+            if case.about["loss"] != "one-vs-rest":
+                groups.setdefault((case.about["set"], case.about["d"]), []).append(case)
+        rows = [schedule(group, arguments.jobs) for group in groups.values()]
+        results.report(arguments.record, f"Solver, the paper's schedule: {name}, {arguments.device}", rows)
 
 
 if __name__ == "__main__":

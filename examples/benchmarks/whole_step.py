@@ -213,7 +213,7 @@ def main() -> None:
     given.batch_tokens = given.batch_tokens or (16384 if cuda else 4096)
     if not given.shape and given.data is None:
         parser.error("give --data with the data sets, or --shape for random weights")
-    names = " ".join(given.shape) if given.shape else f"{given.model.name if given.model else 'MiniLM'}"
+    names = " ".join(given.shape or [given.model.name if given.model else "MiniLM", "on", *given.set])
     rows: list[dict[str, Any]] = []
     for each in given.shape or given.set:
         row = made(each, given) if given.shape else real(each, given)
