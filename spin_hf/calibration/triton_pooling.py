@@ -161,7 +161,8 @@ def _softmax_average(
     base = found + row * (neurons + 1)
     tl.store(base + column, total / tl.where(some, mass, 1.0), mask=inside)
     if tl.program_id(1) == 0:
-        tl.store(base + neurons, tl.where(some, peak + tl.log(mass), UNREAL))
+        normaliser = tl.where(peak == float("inf"), peak, peak + tl.log(mass))  # the mass is NaN then
+        tl.store(base + neurons, tl.where(some, normaliser, UNREAL))
 
 
 @triton.jit
