@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from attention import Attention, Moments, pooled, train
 from heads import FOLDS, Features, Folds, Outcome, Selector, head
+from selections import group_lasso, scaled, stability_selection
 from states import Backbone, Texts, extract, read_of
 from torch import Tensor
 
@@ -233,11 +234,7 @@ def stacking(t: Trial) -> Outcome:
             for own, other in [(np.setdiff1d(rows, part), part) for part in inner] + [(rows, held_out)]:
                 weight = _direction(t.folds, x, own)
                 found[fold, other, i * classes : (i + 1) * classes] = x[other] @ weight.T
-    return head(t.folds, [_scaled(found[fold], t.folds.parts[fold][0]) for fold in range(FOLDS)])
-
-
-def _scaled(x: Tensor, rows: np.ndarray) -> Tensor:
-    return (x - x[rows].mean(0)) / x[rows].std(0).clamp_min(1e-6)
+    return head(t.folds, [scaled(found[fold], t.folds.parts[fold][0]) for fold in range(FOLDS)])
 
 
 def fewer_rows(t: Trial) -> Outcome:
@@ -273,6 +270,8 @@ LEVERS: dict[str, Callable[[Trial], Outcome]] = {
     "average": average,
     "stacking": stacking,
     "fewer rows": fewer_rows,
+    "stability selection": lambda t: stability_selection(t.folds, t.places()),
+    "group lasso": lambda t: group_lasso(t.folds, t.places(), {name: name.split()[0] for name in t.places()}),
 }
 
 
