@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import builders
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 from spin_hf import SpinForSequenceClassification, spin_calibrate
 from spin_hf.calibration.errors import CalibrationError
+from spin_hf.calibration.ranks import Ranks
 from spin_hf.calibration.result import CalibrationResult
 
 SHARDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # gloo's reduce-scatter for FSDP
@@ -99,6 +101,14 @@ def fail(folder: Path) -> None:
     (folder / f"told.{rank}.json").write_text(json.dumps(told))
 
 
+def wait(folder: Path) -> None:
+    """Wait for another longer than the group that was joined before would."""
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
+    ranks = Ranks.here()
+    found = ranks.on_main(lambda: (time.sleep(5), "made")[1])
+    (folder / f"waited.{ranks.index}").write_text(f"{found} {ranks.gather(ranks.index)} {Ranks.here().gather(1)}")
+
+
 def train(folder: Path, batch: int = 4) -> hf.PreTrainedModel:
     """Train the head, and save it."""
     model = builders.calibrated(builders.make_backbone("bert"))
@@ -157,6 +167,8 @@ if __name__ == "__main__":
     task, folder = sys.argv[1], Path(sys.argv[2])
     if task == "calibrate":
         calibrate(folder, f"rank{os.environ['RANK']}", cache_dir=folder / "cache")
+    elif task == "wait":
+        wait(folder)
     elif task == "fail":
         fail(folder)
         save_file(train(folder).score.state_dict(), folder / f"trained.{os.environ['RANK']}.safetensors")

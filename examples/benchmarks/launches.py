@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from shapes import make, make_classifier
-from texts import make_deep_rows
+from texts import make_deep_rows, make_tokenizer
 
 from spin_hf import CalibrationResult, SpinForSequenceClassification
 from spin_hf.taps import Tap
@@ -136,8 +136,33 @@ class Bench:
         (out / "done").write_text(str(time.monotonic() - began))
         return out
 
+    def files(self, shape: str) -> list[str]:
+        """The command's options for a backbone with its tokenizer, and :meth:`deep_rows`, a fifth to validate by."""
+        backbone, rows = Path(self.backbone(shape)), json.loads(Path(self.deep_rows(shape)).read_text())
+        make_tokenizer(self.arguments.tokens).save_pretrained(backbone)
+        every = [{"text": text, "label": label} for text, label in zip(rows["text"], rows["label"], strict=True)]
+        parts = {"train": every[len(every) // 5 :], "validation": every[: len(every) // 5]}
+        words = [str(backbone)]
+        for name, part in parts.items():
+            path = self.folder / f"{name}-{self.name(shape, self.arguments.few, 1)}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in part))
+            words += [f"--{name}", str(path)]
+        return words
+
     def launch(self, task: str, out: Path, count: int, options: Row) -> None:
-        """Run a task of the worker in so many processes, by ``accelerate launch`` where there are several.
+        """Run a task of the worker in so many processes. Raises what :meth:`run` does."""
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "options.json").write_text(json.dumps({**options, "out": str(out)}))
+        worker = [str(HERE / "several_gpus_worker.py"), task, str(out / "options.json")]
+        self.run(worker, out, count, spread=bool(options.get("device_map")))
+
+    def run(self, program: list[str], out: Path, count: int, *, spread: bool = False) -> None:
+        """Run a program in so many processes, by ``accelerate launch`` where there are several.
+
+        Args:
+            program: what comes after ``python``.
+            out: a folder for what it prints.
+            spread: whether one process may see all GPUs; else as many as there are processes.
 
         Raises:
             Failed: with the end of what it wrote, or when the time is over.
@@ -146,7 +171,6 @@ class Bench:
         if began > self.until:
             raise Failed(f"the time was over before the launch of {out.name}")
         out.mkdir(parents=True, exist_ok=True)
-        (out / "options.json").write_text(json.dumps({**options, "out": str(out)}))
         path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
         # As many threads however many processes: sums of other lengths would round differently on a CPU. NCCL can
         # use NVLink multicast, which many containers and virtual machines don't allow: it would fail at the start.
@@ -155,26 +179,25 @@ class Bench:
         env |= {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true"}
         if not torch.cuda.is_available():
             env["ACCELERATE_USE_CPU"] = "true"
-        elif not options.get("device_map"):  # Trainer would use all GPUs that one process sees
+        elif not spread:  # Trainer would use all GPUs that one process sees
             seen = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
             env["CUDA_VISIBLE_DEVICES"] = ",".join(seen.split(",")[:count])
         with (out / "log").open("w") as log:
-            code = start(task, out / "options.json", count, env, log, min(self.until - began, 1e6))
+            code = start(program, count, env, log, min(self.until - began, 1e6))
         if code is None:
             raise Failed(f"the time was over, {time.monotonic() - began:.0f} s after the launch of {out.name}")
         if code:
             raise Failed((out / "log").read_text(errors="replace")[-6000:])
 
 
-def start(task: str, options: Path, count: int, env: dict[str, str], log: Any, seconds: float) -> int | None:
-    """Run the worker in so many processes; the exit code, or ``None`` where it took longer than so many seconds."""
+def start(program: list[str], count: int, env: dict[str, str], log: Any, seconds: float) -> int | None:
+    """Run a program in so many processes; the exit code, or ``None`` where it took longer than so many seconds."""
     command = [sys.executable]
     if count > 1:
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         command += ["--main_process_port", str(_free_port())]
-    command += [str(HERE / "several_gpus_worker.py"), task, str(options)]
-    started = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    started = subprocess.Popen(command + program, env=env, stdout=log, stderr=log)
     try:
         return started.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -254,6 +277,23 @@ def compared(out: Path, alone: Path, count: int) -> Row:
     }
 
 
+def saved(out: Path, alone: Path) -> Row:
+    """How a saved classifier differs from that of another run."""
+    one, other = (load_file(folder / "model.safetensors") for folder in (out, alone))
+    records = [CalibrationResult.load(folder / "calibration.json") for folder in (out, alone)]
+    told = [name for name in one.keys() | other.keys() if _difference(one.get(name), other.get(name)) != 0]
+    configs = {(folder / "config.json").read_text() for folder in (out, alone)}
+    return {
+        "chosen": records[0].chosen.name,
+        "score": round(records[0].chosen.score, 4),
+        "tensors": len(one),
+        "candidates": len(records[0].candidates),
+        "probes": len(records[0].probes),
+        "unequal_values": len(told) + len(records[0].differences(records[1])) + len(configs) - 1,
+        "tolerance": 0,
+    }
+
+
 def trained(out: Path, alone: Path) -> Row:
     """How the outcome of one way of training differs from that of one process.
 
@@ -294,7 +334,7 @@ def lives(pids: Iterator[Path]) -> int:
     """How many of the processes that these files name are still there."""
     alive = 0
     for path in pids:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # another's, of the same number
             os.kill(int(path.read_text()), 0)
             alive += 1
     return alive

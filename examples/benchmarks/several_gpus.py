@@ -4,11 +4,12 @@ Random weights of a real shape and texts made here; each part prints its rows as
 
 - ``scaling``: seconds by stage on 1, 2, 4 and 8 GPUs, on ``--texts`` whose labels words carry.
 - ``split``: a backbone spread over the GPUs by ``device_map``, in one process, against one GPU.
+- ``command``: ``spin-hf calibrate`` and ``accelerate launch -m spin_hf calibrate``, and what both save.
 - ``killed``: one process gets SIGKILL while it reads; the same command then goes on from the store.
 - ``trainer``: a few steps with the frozen backbone and with LoRA on one GPU and under DDP, and with LoRA under FSDP,
   which accelerate runs on GPUs only.
 
-``split`` and ``killed`` read ``--few`` texts whose labels deep neurons carry, so that the classifier reads deep taps,
+``split``, ``command`` and ``killed`` read ``--few`` texts whose labels deep neurons carry, so that deep taps are read,
 and keep exits, so that heads on many taps are compared even where a single probe is best. What is compared of a
 calibration is all of it: every value of its record but the seconds (of each candidate score, loss, C and neurons, of
 each probe the score at every C), the config, neurons, shift, scale and head, those of the exits, and the logits of
@@ -37,7 +38,7 @@ from pathlib import Path
 
 import results
 import torch
-from launches import Bench, Failed, Row, about, chosen, compared, each, lives, record, trained
+from launches import Bench, Failed, Row, about, chosen, compared, each, lives, record, saved, trained
 from shapes import SHAPES
 
 from spin_hf.calibration.store import recorded
@@ -99,6 +100,27 @@ def split(bench: Bench) -> Iterator[Row]:
                 **chosen(out),
                 **compared(out, alone, 1),
                 "seconds": {stage: seconds(out)[stage] for stage in ("extract", "total")},
+            }
+
+
+def command(bench: Bench) -> Iterator[Row]:
+    given = bench.arguments
+    options = ["--batch-tokens", str(given.batch_tokens), "--dtype", given.dtype, "--exits"]
+    for shape in given.shape:
+        folders = {}
+        for count in sorted({1, max(given.processes)}):
+            out = folders[count] = bench.folder / bench.name(shape, given.few, count, "command")
+            if not (out / "done").exists():
+                shutil.rmtree(out, ignore_errors=True)
+                began = time.monotonic()
+                words = [*bench.files(shape), *options, "--out", str(out / "model"), "--cache-dir", str(out / "cache")]
+                bench.run(["-m", "spin_hf", "calibrate", *words], out, count)
+                shutil.rmtree(out / "cache")
+                (out / "done").write_text(str(time.monotonic() - began))
+            yield {
+                **{"shape": shape, "processes": count, "texts": [given.few, given.tokens], "dtype": given.dtype},
+                "seconds": round(float((out / "done").read_text()), 1),
+                **saved(out / "model", folders[1] / "model"),
             }
 
 
@@ -179,7 +201,17 @@ def _trained(out: Path, alone: Path) -> Row:
     }
 
 
-PARTS = {"split": split, "killed": killed, "trainer": trainer, "scaling": scaling}
+PARTS = {"split": split, "command": command, "killed": killed, "trainer": trainer, "scaling": scaling}
+
+
+def wrong(row: Row) -> bool:
+    """Whether a row shows something that should not be."""
+    return (
+        "failed" in row
+        or any(row.get(name, 0) for name in ("unequal_values", "left_alive", "reloaded_logits_differ_by"))
+        or any(row.get(name) is False for name in ("within", "equal_on_all"))
+        or row.get("seconds_until_all_ended", 0) > 60
+    )
 
 
 def _store(out: Path) -> Path:
@@ -211,8 +243,8 @@ def main() -> None:
     arguments.processes = arguments.processes or [
         count for count in (1, 2, 4, 8) if count <= max(gpus, 1 if gpus else 2)
     ]
-    if max(arguments.processes) < 2 and {"trainer", "killed"} & set(arguments.parts):
-        parser.error("trainer and killed need two processes: choose other --parts, or a machine with two GPUs")
+    if max(arguments.processes) < 2 and {"trainer", "command", "killed"} & set(arguments.parts):
+        parser.error("trainer, command and killed need two processes: choose other --parts, or a machine with two GPUs")
     device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "CPU"
     failed = False
     with contextlib.ExitStack() as held:
@@ -228,7 +260,7 @@ def main() -> None:
                     rows.append(row)
                     print(json.dumps({"part": part, **row}), flush=True)
                     results.write_section(arguments.record, name, rows)  # what comes next may take too long
-                    failed |= "failed" in row or bool(row.get("unequal_values")) or row.get("within") is False
+                    failed |= wrong(row)
             except Failed as error:
                 failed = True
                 print(json.dumps({"part": part, "failed": str(error)}), flush=True)

@@ -26,6 +26,7 @@ from texts import make_rows, make_tokenizer
 
 from spin_hf import SpinForSequenceClassification, lora_targets, spin_calibrate
 from spin_hf.calibration import progress
+from spin_hf.calibration.ranks import Ranks
 from spin_hf.prediction import predict
 
 COMPARED = 64  # texts whose logits are compared
@@ -141,11 +142,10 @@ def busy() -> Iterator[dict[str, float]]:
             yield
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - waited - started
 
-    utils = accelerate.utils  # from which the calibration takes both when it needs them
     with (
         mock.patch.object(progress.Clock, "__call__", entered),
-        mock.patch.object(utils, "gather_object", timed(utils.gather_object)),
-        mock.patch.object(utils, "broadcast_object_list", timed(utils.broadcast_object_list)),
+        mock.patch.object(Ranks, "_exchange", timed(Ranks._exchange)),
+        mock.patch.object(Ranks, "_broadcast", timed(Ranks._broadcast)),
     ):
         yield seconds
 
@@ -191,7 +191,9 @@ def train_one(options: dict[str, Any], way: str) -> None:
             module.p = 0.0  # each process would draw its own
     hf.set_seed(0)  # FSDP takes each process's part from its own weights, and those of an adapter are drawn
     if way != "frozen":
-        lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=lora_targets(model), lora_dropout=0.0)
+        # B as drawn, not zero: with it A would have no gradient at first, and go less than float32 can tell.
+        options_of_lora = {"lora_dropout": 0.0, "init_lora_weights": False}
+        lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=lora_targets(model), **options_of_lora)
         model = peft.get_peft_model(model, lora)
     sharded: dict[str, Any] = {
         "fsdp": "full_shard auto_wrap",  # versions before 5.20 may know no other way to say it

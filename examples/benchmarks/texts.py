@@ -46,7 +46,7 @@ def make_deep_rows(
     """Texts with four labels: whether an FFN neuron of the last block is above its median, and whether a hidden one
     at three quarters of the depth is, both on average over the tokens; 5% are mislabelled.
 
-    One tap carries half of a label, so that the best classifier reads both. Of the neurons drawn at each place it is
+    One tap carries half of a label: the best classifier should read both. Of the neurons drawn at each place it is
     the one that goes with the others least: much of a random backbone's states goes together. **Changes the model.**
     """
     rows, draw = make_rows(count, tokens), np.random.default_rng(1)

@@ -84,8 +84,9 @@ def spin_calibrate(
     the evaluation rows is written into the model, and the blocks above it are removed. The backbone's weights stay.
     On those rows a temperature is fitted too, if it helps: the result's ``confidence`` says how far to trust the model.
 
-    Under ``accelerate launch`` every process makes this same call, on the device that is its own; they share the work,
-    and all end with the model and the result that one process would have made.
+    Under ``accelerate launch`` every process makes this same call, the model on a device of its own
+    (``model.to(accelerate.PartialState().device)``); they share the work, and all end with the model and the result
+    that one process would have made.
 
     Args:
         model: from ``SpinForSequenceClassification.from_backbone``.
@@ -179,6 +180,7 @@ def spin_calibrate(
             "attention give eval, or leave cv out: then a part of train is held out."
         )
     check_fresh(model, recalibrate=recalibrate)
+    ranks.check_place({parameter.device for parameter in model.spin.backbone.parameters()})
     demand_whole("batch_tokens", batch_tokens, least=1)
     demand_between("tol", tol, 0, 1)
     if max_length is not None:

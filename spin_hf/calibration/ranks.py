@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -39,8 +40,8 @@ class Ranks:
         device: the one that the launcher gives to this process; ``None`` where there is but one.
     """
 
-    def __init__(self, index: int = 0, count: int = 1, device: torch.device | None = None) -> None:
-        self.index, self.count, self.device = index, count, device
+    def __init__(self, index: int = 0, count: int = 1, device: torch.device | None = None, group: Any = None) -> None:
+        self.index, self.count, self.device, self._group = index, count, device, group
         self._flag: Path | None = None
         self._looked = 0.0
 
@@ -60,7 +61,8 @@ class Ranks:
         distributed = torch.distributed
         if not joined and distributed.is_initialized() and distributed.get_backend() == "gloo":
             atexit.register(_leave, distributed.group.WORLD)
-        return cls(state.process_index, state.num_processes, state.device)
+        group = _patient_group() if joined and state.num_processes > 1 else None
+        return cls(state.process_index, state.num_processes, state.device, group)
 
     @property
     def main(self) -> bool:
@@ -106,6 +108,26 @@ class Ranks:
                     raise RankError("Another process failed.")
 
         return counted
+
+    def check_place(self, devices: set[torch.device]) -> None:
+        """Raise :class:`CalibrationError` where several processes don't use the devices that they are given.
+
+        Args:
+            devices: those that this process's backbone lies on. Of one that is spread over several nothing is asked.
+        """
+        if self.count == 1:
+            return
+        own = next(iter(devices)) if len(devices) == 1 else None
+        place = (socket.gethostname(), _hardware(own)) if own is not None and own.type == "cuda" else None
+        sharing = [i for i, other in enumerate(self.gather(place)) if place is not None and other == place]
+        advice = "Put it on the process's own device before: model.to(accelerate.PartialState().device)."
+        if own is not None and own.type == "cpu" and self._place.type != "cpu":
+            raise CalibrationError(
+                f"Process {self.index} of {self.count} has the backbone on the CPU, and {self.device} is idle. "
+                f"{advice} To work on CPUs set ACCELERATE_USE_CPU=true."
+            )
+        if len(sharing) > 1:
+            raise CalibrationError(f"Processes {sharing} have their backbones on the same GPU, {own}. {advice}")
 
     def agree(self, value: Any, message: str) -> None:
         """Raise :class:`CalibrationError` with this message unless all hold an equal value."""
@@ -167,24 +189,27 @@ class Ranks:
         """What ``work`` returns on the main process, which alone does it; all get it."""
         if self.count == 1:
             return work()
-        from accelerate.utils import broadcast_object_list
-
-        box: list[Any] = [None]
+        made: Any = None
         with self.together():
             if self.main:
                 made = work()
-                box = [_packed(made)]
-        received = broadcast_object_list(box)[0]
-        return made if self.main else _unpacked(received, self._place)
+        received = self._broadcast(_packed(made))
+        found: R = made if self.main else _unpacked(received, self._place)
+        return found
 
     @property
     def _place(self) -> torch.device:
         return self.device or torch.device("cpu")
 
     def _exchange(self, value: T) -> list[T]:
-        from accelerate.utils import gather_object
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, value, group=self._group)
+        return found
 
-        return list(gather_object([value]))
+    def _broadcast(self, value: T) -> T:
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
 
 
 def ending_together(function: Callable[P, R]) -> Callable[P, R]:
@@ -196,6 +221,23 @@ def ending_together(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+_patient: tuple[Any, Any] = (None, None)
+
+
+def _patient_group() -> Any:
+    """All processes once more: those that joined before they came here may wait for each other for minutes only."""
+    global _patient
+    world = torch.distributed.group.WORLD
+    if _patient[0] is not world:
+        _patient = world, torch.distributed.new_group(timeout=_PATIENCE)
+    return _patient[1]
+
+
+def _hardware(device: torch.device) -> str:
+    """What tells this GPU from others of the host, whatever its number among those that a process sees."""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _leave(group: Any) -> None:

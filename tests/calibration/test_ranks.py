@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from launched import same
 from safetensors.torch import load_file
 
+from spin_hf.calibration import ranks as ranks_module
+from spin_hf.calibration.errors import CalibrationError
 from spin_hf.calibration.ranks import Ranks, _balanced
 
 pytestmark = pytest.mark.timeout(600)  # each launch imports everything several times
@@ -96,6 +98,32 @@ def test_an_error_of_one_ends_all(worked):
     assert told[0]["batches"] <= 4  # of dozens: it did not go on to its own end
     assert told[0]["data"] == told[1]["data"]
     assert "don't hold the same backbone, texts, labels" in told[0]["data"]
+
+
+def test_processes_that_joined_before_wait_as_long_as_a_calibration_takes(tmp_path):
+    launch("wait", tmp_path)
+    assert [(tmp_path / f"waited.{rank}").read_text() for rank in range(2)] == ["made [0, 1] [1, 1]"] * 2
+
+
+@pytest.mark.parametrize(
+    ("devices", "others", "problem"),
+    [
+        (["cpu"], ["same"], "Process 1 of 2 has the backbone on the CPU, and cuda:1 is idle. Put it"),
+        (["cuda:0"], ["same"], r"Processes \[0, 1\] have their backbones on the same GPU, cuda:0. Put it"),
+        (["cuda:1"], ["another"], None),
+        (["cuda:0", "cuda:1"], ["same"], None),  # too large for one
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, devices, others, problem):
+    ranks = Ranks(1, 2, torch.device("cuda:1"))
+    monkeypatch.setattr(ranks_module, "_hardware", str)
+    monkeypatch.setattr(ranks, "gather", lambda own: [own if others == ["same"] else "another", own])
+    places = {torch.device(device) for device in devices}
+    if problem is None:
+        ranks.check_place(places)
+    else:
+        with pytest.raises(CalibrationError, match=problem):
+            ranks.check_place(places)
 
 
 def test_trainer_makes_the_head_of_a_double_batch(worked, tmp_path):
