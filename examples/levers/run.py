@@ -3,7 +3,8 @@
 Five folds of train and validation; test is never read. Gains are in points with their paired standard error over texts.
 
     python examples/levers/run.py --data DATA --cache CACHE --sets trec sst2 --levers attention std
-    python examples/levers/run.py --data DATA --cache CACHE --model PATH/TO/SmolLM2-135M --device cuda --sets sst2
+    python examples/levers/run.py --data DATA --cache CACHE --model PATH/TO/SmolLM2-135M --device cuda --sets sst2 \\
+        --levers "last token" prompt
     python examples/levers/run.py --show
 """
 
@@ -22,7 +23,7 @@ import torch
 from attention import Attention, Moments, pooled, train
 from heads import FOLDS, Features, Folds, Outcome, Selector, head
 from selections import group_lasso, scaled, stability_selection
-from states import Backbone, Texts, extract, read_of
+from states import LAST, Backbone, Texts, extract, read_of
 from torch import Tensor
 
 from spin_hf.demo import backbone_folder
@@ -32,6 +33,15 @@ import common
 from accuracy_table import SETS, load, read_results
 
 MAX_LENGTH = 256
+REVIEW = "Review: {text}\nQuestion: Is this review positive or negative?\nAnswer:"
+PROMPTS = {
+    "sst2": REVIEW,
+    "imdb": REVIEW,
+    "edos": "Message: {text}\nQuestion: Is this message sexist?\nAnswer:",
+    "trec": "Question: {text}\nWhat does it ask for: an abbreviation, an entity, a description, a person, a place or a "
+    "number?\nAnswer:",
+}
+PLAIN = "{text}"
 KINDS = ("hidden", "ffn")
 
 
@@ -43,12 +53,14 @@ class Trial:
         path: str,
         dataset: str,
         texts: Texts,
+        given: list[str],
         device: str,
         seed: int,
         validation: int,
         kinds: tuple[str, ...],
         variance: float,
     ) -> None:
+        self.given = given  # the texts themselves
         self.kinds = kinds
         self.variance = variance
         self.validation = validation  # texts that choose in an ordinary calibration
@@ -108,6 +120,18 @@ class Trial:
         return {
             f"{tap} attention {options}" + (f" {ffn}" if tap[0] == "f" else ""): _own(x) for tap, x in found.items()
         }
+
+    def last(self, prompt: str) -> dict[str, Features]:
+        """Places of the last token of a prompt around each text."""
+
+        def read() -> Texts:
+            folder = self.texts.folder.with_name(f"{self.texts.folder.name}-{'plain' if prompt == PLAIN else 'prompt'}")
+            labels = self.texts.labels.tolist()
+            return extract(self.path, self.given, labels, folder, self.device, MAX_LENGTH, self.kinds, prompt)
+
+        texts = self.keep(prompt, read)
+        names = [tap for kind in (*self.kinds, "norm") for tap in texts.places(kind)]
+        return {f"{tap} {LAST} {prompt}": _stored(texts, tap, LAST) for tap in names}
 
     def _of_ffn(self, weights: Tensor, below: int) -> dict[str, Tensor]:
         backbone, starts = Backbone(self.path, self.device), self.texts.starts
@@ -270,6 +294,9 @@ LEVERS: dict[str, Callable[[Trial], Outcome]] = {
     "average": average,
     "stacking": stacking,
     "fewer rows": fewer_rows,
+    "last token": lambda t: t.selector.fit(t.last(PLAIN)),
+    "prompt": lambda t: t.selector.fit(t.last(PROMPTS[t.dataset])),
+    "prompt beside mean and max": lambda t: t.selector.fit(t.places() | t.last(PROMPTS[t.dataset])),
     "stability selection": lambda t: stability_selection(t.folds, t.places()),
     "group lasso": lambda t: group_lasso(t.folds, t.places(), {name: name.split()[0] for name in t.places()}),
 }
@@ -299,6 +326,7 @@ def run(arguments: argparse.Namespace) -> None:
                 MAX_LENGTH,
                 arguments.kinds,
             ),
+            texts,
             arguments.device,
             arguments.seed,
             len(validation),

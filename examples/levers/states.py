@@ -18,6 +18,7 @@ from spin_hf.calibration.extraction import encode, pad, plan_batches, window
 from spin_hf.taps import Tap, tap_width
 
 STATISTICS = ("mean", "max", "min", "std", "top3", "ends", "halves")
+LAST = "last"  # token; read where it is asked for alone
 _OUTPUT_PROJECTIONS = ("attention.output.dense", "self_attn.o_proj", "attn.c_proj", "attention.dense", "out_proj")
 
 
@@ -94,9 +95,8 @@ def statistics(values: Tensor, mask: Tensor, names: Sequence[str]) -> dict[str, 
         found["min"] = values.masked_fill(~real[..., None], torch.inf).amin(1)
     if "std" in names:
         found["std"] = (torch.bmm(parts[:, :1], filled.square())[:, 0] - mean.square()).clamp_min(0).sqrt()
-    if "ends" in names:
-        rows = torch.arange(len(values), device=values.device)
-        found["ends"] = values[rows, lengths[:, 0] - 1] - values[:, 0]
+    last = values[torch.arange(len(values), device=values.device), lengths[:, 0] - 1]
+    found |= {LAST: last, "ends": last - values[:, 0]}
     return {name: found[name] for name in names}
 
 
@@ -122,9 +122,17 @@ class Backbone:
         for block, module in enumerate(self.projections, 1):
             self.widths[f"attn.{block}"] = module.weight.shape[1] if isinstance(module, nn.Linear) else 0
 
-    def encode(self, texts: list[str], max_length: int) -> list[list[int]]:
+    def encode(self, texts: list[str], max_length: int, prompt: str | None = None) -> list[list[int]]:
+        """Tokens of the texts, or of a prompt around each, of which the text alone is cut."""
         limit = min(max_length, window(self.tokenizer, self.model) or max_length)
-        return list(encode(self.tokenizer, texts, None, limit).input_ids)
+        if prompt is None:
+            return list(encode(self.tokenizer, texts, None, limit).input_ids)
+        before, after = prompt.split("{text}")
+        start = before.rstrip(" ")  # a space belongs to the token after it
+        spaced = [before[len(start) :] + text for text in texts]
+        first = self.tokenizer(start)["input_ids"]
+        last, every = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (after, spaced))
+        return [first + ids[: limit - len(first) - len(last)] + last for ids in every]
 
     @torch.no_grad()
     def forwards(
@@ -153,23 +161,35 @@ class Backbone:
 
 
 def extract(
-    path: str, texts: list[str], labels: list, folder: Path, device: str, max_length: int, kinds: Sequence[str]
+    path: str,
+    texts: list[str],
+    labels: list,
+    folder: Path,
+    device: str,
+    max_length: int,
+    kinds: Sequence[str],
+    prompt: str | None = None,
 ) -> Texts:
     """Fill the folder, unless it is filled: float16, as this is for choosing between levers.
 
     Taps that are not of these kinds are left out, unless all kinds are asked for: then attention outputs come too.
 
+    Args:
+        prompt: around each text, in the place of ``{text}``; then the last token of each tap is read, and nothing else.
+
     Raises:
-        ValueError: if the folder was filled with fewer kinds.
+        ValueError: if the folder was filled with fewer kinds, or with another prompt.
     """
     if (folder / "about.json").exists():
         found = Texts(folder)
         if missing := [kind for kind in kinds if not found.places(kind)]:
             raise ValueError(f"{folder} was filled without {', '.join(missing)}. Remove it and run again.")
+        if found.about.get("prompt") != prompt:
+            raise ValueError(f"{folder} was filled with another prompt. Remove it and run again.")
         return found
     folder.mkdir(parents=True, exist_ok=True)
     backbone = Backbone(path, device)
-    ids = backbone.encode(texts, max_length)
+    ids = backbone.encode(texts, max_length, prompt)
     lengths = list(map(len, ids))
     starts = np.concatenate([[0], np.cumsum(lengths)])
 
@@ -178,13 +198,16 @@ def extract(
 
     wanted = ("hidden", "norm") if list(kinds) == ["hidden"] else ("hidden", "norm", "ffn", "attn")
     widths = {name: width for name, width in backbone.widths.items() if width and name.split(".")[0] in wanted}
-    tokens = {name: file(f"{name}.tokens", int(starts[-1]), width) for name, width in widths.items() if name[0] in "hn"}
-    pooled = {(t, s): file(f"{t}.{s}", len(ids), width) for t, width in widths.items() for s in read_of(t)}
+    of_tap = {tap: read_of(tap) if prompt is None else [LAST] for tap in widths}
+    tokens = {}
+    if prompt is None:
+        tokens = {t: file(f"{t}.tokens", int(starts[-1]), width) for t, width in widths.items() if t[0] in "hn"}
+    pooled = {(t, s): file(f"{t}.{s}", len(ids), width) for t, width in widths.items() for s in of_tap[t]}
 
     def read(rows: list[int], tap: str, values: Tensor, mask: Tensor) -> None:
         if tap not in widths:
             return
-        for statistic, found in statistics(values, mask, read_of(tap)).items():
+        for statistic, found in statistics(values, mask, of_tap[tap]).items():
             pooled[tap, statistic][rows] = found.half().cpu().numpy()
         if tap in tokens:
             states = values.half().cpu().numpy()
@@ -195,5 +218,5 @@ def extract(
         pass
     names = sorted(set(labels))
     about = {"labels": [names.index(label) for label in labels], "lengths": lengths, "taps": list(widths), "ids": ids}
-    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+    (folder / "about.json").write_text(json.dumps(about | {"prompt": prompt}), encoding="utf-8")
     return Texts(folder)
