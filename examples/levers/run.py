@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from attention import Attention, Moments, pooled, train
 from heads import FOLDS, Features, Folds, Outcome, Selector, head
-from selections import group_lasso, scaled, stability_selection
+from selections import group_lasso, joint_probe, scaled, stability_selection
 from states import LAST, Backbone, Texts, extract, read_of
 from torch import Tensor
 
@@ -298,6 +298,8 @@ LEVERS: dict[str, Callable[[Trial], Outcome]] = {
     "prompt": lambda t: t.selector.fit(t.last(PROMPTS[t.dataset])),
     "prompt beside mean and max": lambda t: t.selector.fit(t.places() | t.last(PROMPTS[t.dataset])),
     "stability selection": lambda t: stability_selection(t.folds, t.places()),
+    "joint probe": lambda t: joint_probe(t.folds, t.places()),
+    "attention only, joint probe": lambda t: joint_probe(t.folds, t.attended()),
     "group lasso": lambda t: group_lasso(t.folds, t.places(), {name: name.split()[0] for name in t.places()}),
 }
 

@@ -61,6 +61,22 @@ def _of_halves(folds: Folds, values: Tensor, halves: list[np.ndarray]) -> tuple[
     return (every > 0).float().mean(0), every.mean(0)
 
 
+def joint_probe(folds: Folds, places: Mapping[str, Features]) -> Outcome:
+    """A head on the features of one sparse probe of all taps at once, the last of its path that a head may have."""
+    matrices = []
+    for fold, (rows, _) in enumerate(folds.parts):
+        x = torch.cat([scaled(features(fold), rows) for features in places.values()], 1)
+        y, s, loss, own = folds.targets[rows].cpu(), folds.ones(rows).cpu(), folds.task.loss, x[rows]
+        first, chosen = smallest_useful_C(own, y, s, loss), torch.zeros(0, dtype=torch.int64)
+        for point in solve_path(own, y, s, loss, [first / _STEP**i for i in range(1, 60)], tol=1e-2):
+            present = point.salience.nonzero()[:, 0]
+            if len(present) > MOST:
+                break
+            chosen = present
+        matrices.append(x[:, chosen])
+    return head(folds, matrices)
+
+
 def group_lasso(folds: Folds, places: Mapping[str, Features], groups: Mapping[str, str]) -> Outcome:
     """A head on the neurons of one sparse model of all taps at once: a neuron's weights enter together.
 

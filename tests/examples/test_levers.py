@@ -9,7 +9,16 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from spin_hf.calibration.losses import Logistic, Multinomial
 
-LEVERS = ["mean and max", "attention only", "directions", "stacking", "stability selection", "group lasso", "prompt"]
+LEVERS = [
+    "mean and max",
+    "attention only",
+    "directions",
+    "stacking",
+    "stability selection",
+    "joint probe",
+    "group lasso",
+    "prompt",
+]
 
 
 @pytest.fixture
