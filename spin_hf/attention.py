@@ -20,6 +20,11 @@ ATTENTION = "attention"
 UNREAL = torch.finfo(torch.float32).min  # the score of a token that is not pooled
 
 
+def pooling_title(pooling: str) -> str:
+    """A pooling's name for a reader."""
+    return "token weights" if pooling == ATTENTION else pooling
+
+
 def source(tap: Tap) -> Tap:
     """The tap whose states are scored for a tap's tokens."""
     return Tap("hidden", tap.block - 1) if tap.kind == "ffn" else tap

@@ -25,6 +25,11 @@ _ADVICE = tuple(
         (r"spin_calibrate\(model, tokenizer, train, exits=True\)", "spin-hf calibrate --exits"),
         (r"exits=True keeps", "--exits keeps"),
         (r"^exit must", "--exit must"),
+        (r"^label='([^']*)' is not", r"--label \1 is not"),
+        (
+            r"Save it there: result\.save\([^)]*\), or pass result= to write_card",
+            "spin-hf calibrate --out writes it",
+        ),
         (r"model\.config\.exits lists them", "config.json lists them"),
         (r"Leave (windows|stacks) out", r"Leave --\1 out"),
         (r"dtype=torch\.bfloat16 or float32", "--dtype bfloat16 or float32"),

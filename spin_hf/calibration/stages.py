@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention import ATTENTION
+from ..attention import pooling_title
 from ..features import FeatureGroup
 from ..taps import Tap
 from .confidence import Confidence
@@ -202,8 +202,8 @@ def conclude(
     pooling = "mean" if "mean" in fitter.store.poolings else fitter.store.poolings[0]
     within: list[Candidate | Probe] = [c for c in every if c.probe is not None] or [of_tap[0] for of_tap in probes]
     probe = max(within, key=lambda each: each.score)
-    pooled = "token weights" if pooling == ATTENTION else pooling
-    found = {f"last layer ({pooled})": fitter.fit_tap(last, pooling), "best probe": (probe.score, probe.predictions)}
+    usual = f"last layer ({pooling_title(pooling)})"
+    found = {usual: fitter.fit_tap(last, pooling), "best probe": (probe.score, probe.predictions)}
     baselines = {name: score for name, (score, _) in found.items()}
     predictions = {name: own for name, (_, own) in found.items()} | {"SPIN": final.candidate.predictions}
     rounds = 200 if fitter.data.task.metric_name not in METRICS else 1000  # a caller's function may be slow

@@ -34,6 +34,10 @@ def report(
     from ..explain.report import Report
     from ..hub.card import read_evaluation, read_record
 
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}. Name that of a classifier, as spin-hf calibrate --out wrote it.")
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out} is a folder. Name a file: --out {out / 'report.html'}")
     result, test = read_record(folder), read_evaluation(folder)
     evaluated: list[Evaluated] = []
     if data:

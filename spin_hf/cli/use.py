@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -55,11 +56,7 @@ def predict(
         exit=exit,
     )
     answers = dict(zip(given, map(prediction.row, range(len(given))), strict=True))
-    answer = next(iter(prediction.row(0)))  # "label", "labels" or "value"
-    for i, text in enumerate(first):
-        shown = {"text": text} if second is None else {"text": text, "text_pair": second[i]}
-        found = answers.get(i, {answer: None, "reason": "no text"})
-        sys.stdout.write(json.dumps({**shown, **found}, ensure_ascii=False) + "\n")
+    _write(first, second, answers)
 
 
 def explain(
@@ -95,10 +92,7 @@ def explain(
         for explanation in found:
             console.print(shown(explanation, label), highlight=False)
         return
-    answers = {i: explanation.to_dict() for i, explanation in zip(given, found, strict=True)}
-    for i, text in enumerate(first):
-        blank = {"text": text, "label": None, "reason": "no text"}
-        sys.stdout.write(json.dumps(answers.get(i, blank), ensure_ascii=False) + "\n")
+    _write(first, second, {i: explanation.to_dict() for i, explanation in zip(given, found, strict=True)})
 
 
 def evaluate(
@@ -124,3 +118,12 @@ def evaluate(
         sys.stdout.write(json.dumps(values) + "\n")
     else:
         show(values)
+
+
+def _write(texts: Sequence[str], pairs: Sequence[str] | None, answers: dict[int, dict[str, Any]]) -> None:
+    """A JSON object a line for each text, also for those that are blank and so were not read."""
+    (answer,) = {"label", "labels", "value"} & next(iter(answers.values())).keys()
+    for i, text in enumerate(texts):
+        shown = {"text": text} if pairs is None else {"text": text, "text_pair": pairs[i]}
+        found = answers.get(i, {answer: None, "reason": "no text"})
+        sys.stdout.write(json.dumps({**shown, **found}, ensure_ascii=False) + "\n")

@@ -18,6 +18,7 @@ from .page import render_part
 from .result import Explanation
 
 _MOST_LABELS = 5  # that bars are drawn for
+_LONGEST = 20_000  # characters of a text whose words are coloured
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Answer:
 
     def heat(self, label: str) -> Heat:
         """What the words add to one label."""
-        return heat_of(self.explanation, label)
+        return heat_of(self.explanation, label, longest=_LONGEST)
 
     def words_html(self, label: str) -> str:
         """The words with their colours, as HTML."""
@@ -183,7 +184,7 @@ class Answerer:
         number = answer.steps.index(step_at(answer.steps, depth, eta))
         text, pair = answer.explanation.text, answer.explanation.pair
         (found,) = explain(self.model, self.tokenizer, [text], None if pair is None else [pair], exit=number)
-        return heat_of(found, label)
+        return heat_of(found, label, longest=_LONGEST)
 
     @torch.no_grad()
     def _steps(self, text: str, second: list[str] | None) -> tuple[Step, ...]:

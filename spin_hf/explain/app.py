@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,19 @@ def app_of(answerer: Answerer, *, title: str) -> gradio.Blocks:
     css = style("words.css", "answer.css")
     model, names = answerer.model, answerer.names
 
+    def telling(function: Callable[..., Any]) -> Callable[..., Any]:
+        """What can't be read is told on the page, in the words of the error."""
+
+        @functools.wraps(function)
+        def wrapped(*given: Any) -> Any:
+            try:
+                return function(*given)
+            except (ValueError, RuntimeError) as error:  # the library's errors are among these
+                raise library.Error(f"This can't be read: {error}") from error
+
+        return wrapped
+
+    @telling
     def read(text: str, pair: str, min_confidence: float) -> list[Any]:
         if not text.strip():
             raise library.Error("Write something first.")
@@ -62,6 +77,7 @@ def app_of(answerer: Answerer, *, title: str) -> gradio.Blocks:
     def look(answer: Answer | None, label: str) -> list[Any]:
         return ["", ""] if answer is None else [answer.words_html(label), answer.layers_html(label)]
 
+    @telling
     def change(answer: Answer | None, depth: float, eta: float, label: str) -> str:
         if answer is None:
             return ""

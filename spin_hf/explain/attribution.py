@@ -125,9 +125,7 @@ class _Kept(NamedTuple):
     """Which tokens a pooled value of some rows comes from."""
 
     rows: slice
-    attained: (
-        Tensor  # (rows, tokens, neurons), or (rows, tokens, 1) where all have the same; of attention what each adds
-    )
+    attained: Tensor  # (rows, tokens, neurons), or (rows, tokens, 1) where all have the same; of attention what it adds
     pooled: Tensor  # (rows, neurons); of attention (rows,), the logarithm of the weights' normaliser
 
 
@@ -213,7 +211,7 @@ class _Spread:
         if self.plan is None:
             self._add(tap, rows, own, parts)
         else:  # only the end of the forward tells what the window's share of the text is
-            self.kept.setdefault((tap, index), []).append(_Kept(rows, parts, mass))
+            self.kept.setdefault((tap, index), []).append(_Kept(rows, self._through(own, parts), mass))
         return self.weights.pool(tap, kept)
 
     def _settle_weighted(self, tap: Tap, own: slice, kept: list[_Kept]) -> None:
@@ -225,7 +223,7 @@ class _Spread:
         total = torch.zeros_like(texts).index_add_(0, text, (mass - peak[text]).exp())
         share = (mass - peak[text]).exp() / total[text]
         for part in kept:
-            self._add(tap, part.rows, own, part.attained * share[part.rows, None, None].to(part.attained))
+            self._keep(tap, part.rows, own, part.attained * share[part.rows, None, None].to(part.attained))
 
     def settle(self, pooled: dict[Tap, list[Tensor]]) -> None:
         """Give the tokens that were kept their shares of the texts' pooled values ``(texts, neurons)``."""
@@ -262,10 +260,7 @@ class _Spread:
         spare, tokens = starts_with_special(self.spin), self.mask.shape[1]
         row_mask, place = self.mask, torch.arange(tokens, device=self.mask.device).expand_as(self.mask)
         if self.plan is not None:
-            row_mask, place = (
-                self.plan.mask,
-                self.plan.place.clamp(0, tokens - 1),
-            )  # padding's goes beyond; adds nothing
+            row_mask, place = self.plan.mask, self.plan.place.clamp(0, tokens - 1)  # padding, beyond, adds nothing
         if decoder:  # each position reads the token before
             place = shifted_right(place, row_mask, self.spin.backbone.config)
             if spare:
@@ -290,8 +285,15 @@ class _Spread:
 
     def _add(self, tap: Tap, rows: slice, own: slice, parts: Tensor) -> None:
         """Add ``(rows, tokens, neurons)`` of differences from the mean, through the head or as they are."""
+        self._keep(tap, rows, own, self._through(own, parts))
+
+    def _through(self, own: slice, parts: Tensor) -> Tensor:
+        """``(rows, tokens, labels)`` of differences from the mean; without a head in units of the features' scales."""
         scale = self.scale[own].to(parts)
-        parts = parts / scale if self.weight is None else parts @ (self.weight[own].to(parts) / scale[:, None])
+        return parts / scale if self.weight is None else parts @ (self.weight[own].to(parts) / scale[:, None])
+
+    def _keep(self, tap: Tap, rows: slice, own: slice, parts: Tensor) -> None:
+        """Add what :meth:`_through` gives."""
         decoder = self._in_decoder(tap)
         width = len(self.mean) if self.weight is None else self.weight.shape[1]
         if decoder not in self.totals:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -80,6 +80,12 @@ class NeuronCard:
     low_words: tuple[WordExample, ...]
     label_means: tuple[float, ...] | None = None
 
+    def extremes(self, names: Sequence[str], count: int = 2) -> list[tuple[str, float]]:
+        """Of :attr:`label_means` the highest and the lowest, with the labels' names."""
+        known = [(name, mean) for name, mean in zip(names, self.label_means or (), strict=False) if mean == mean]
+        ranked = sorted(known, key=lambda pair: -pair[1])
+        return ranked if len(ranked) <= 2 * count else ranked[:count] + ranked[-count:]
+
     @property
     def low_words_say_something(self) -> bool:
         """Whether the words where it is low tell more than that it is not high there.
@@ -117,10 +123,6 @@ class NeuronCards(Sequence[NeuronCard]):
     eta: float
     names: tuple[str, ...]
     texts: int
-
-    def of_label(self, label: str) -> list[NeuronCard]:
-        """The cards of the neurons that speak for a label where they are high."""
-        return [card for card in self.cards if card.label == label]
 
     def to_pandas(self) -> pd.DataFrame:
         """A row for each neuron, without its examples; ``effect LABEL`` are its effects."""
@@ -162,7 +164,7 @@ class NeuronCards(Sequence[NeuronCard]):
 def neuron_cards(
     model: SpinForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Iterable[str],
     pairs: Sequence[str] | None = None,
     *,
     labels: Sequence[Any] | None = None,
@@ -193,6 +195,7 @@ def neuron_cards(
     demand_whole("count", count, least=1)
     demand_between("threshold", threshold, 0, 1)
     demand_between("eta", eta, 0, 1)
+    texts = texts if isinstance(texts, Sequence) else list(texts)  # what is no list of texts is told of next
     encoded = encode_for(model, tokenizer, texts, pairs)
     texts, pairs = list(texts), None if pairs is None else list(pairs)
     if len(texts) < 2:
@@ -214,6 +217,9 @@ def neuron_cards(
     values = _sums(features, of_feature, len(neurons)) / np.bincount(of_feature)
     groups = _groups(values[:, order], threshold)
     group_of = {card: number for number, group in enumerate(groups) for card in group}
+    poolings: dict[int, list[str]] = defaultdict(list)
+    for feature, number in zip(reading.features, of_feature.tolist(), strict=True):
+        poolings[number].append(feature.pooling)
     cards = []
     for card, number in enumerate(order.tolist()):
         ranked = np.argsort(-values[:, number], kind="stable")
@@ -226,7 +232,7 @@ def neuron_cards(
             NeuronCard(
                 tap=neurons[number].tap,
                 neuron=neurons[number].neuron,
-                poolings=tuple(f.pooling for f, own in zip(reading.features, of_feature, strict=True) if own == number),
+                poolings=tuple(poolings[number]),
                 label=reading.names[int(effects[number].argmax())],
                 effects=tuple(map(float, effects[number])),
                 share=float(shares[number]),

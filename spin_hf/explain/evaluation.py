@@ -139,7 +139,8 @@ class Evaluated:
         second = None if rows.pairs is None else rows.pairs[read]
         cards = None
         if len(rows.texts) > 1:
-            cards = neuron_cards(model, tokenizer, rows.texts[read], second, count=_CONTEXTS)
+            named = None if plain.problem_type == REGRESSION else _named(labels[read])
+            cards = neuron_cards(model, tokenizer, rows.texts[read], second, labels=named, count=_CONTEXTS)
         return replace(plain, heat=heat, cards=cards)
 
     @property
@@ -269,3 +270,8 @@ class Evaluated:
     def _surest(self, rows: Sequence[int], count: int) -> tuple[Example, ...]:
         confidence = self.prediction.confidence
         return tuple(map(self.example, sorted(rows, key=lambda row: -confidence[row])[:count]))
+
+
+def _named(labels: np.ndarray) -> list[Any]:
+    """The labels of each text by their numbers."""
+    return labels.tolist() if labels.ndim == 1 else [np.flatnonzero(row).tolist() for row in labels]

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from .words import Word
 
 
+_STRONGEST = 6  # words for, and against, that are named
+
+
 @dataclass(frozen=True)
 class Part:
     """A piece of a text.
@@ -34,33 +37,50 @@ class Heat:
         texts: the parts of the text, and of the second one of a pair.
         others: what no word of the text adds: special tokens and the base value, by name, in units of the logit.
         logit: the sum of everything.
+        speaking: the words that add most for the label, and those that add most against it, each with what it adds.
+        truncated: whether the end of the text was not read.
     """
 
     label: str
     texts: tuple[tuple[Part, ...], ...]
     others: tuple[tuple[str, float], ...]
     logit: float
+    speaking: tuple[tuple[tuple[str, float], ...], tuple[tuple[str, float], ...]]
+    truncated: bool
+
+    @property
+    def words(self) -> float:
+        """What all words add together."""
+        return self.logit - sum(value for _, value in self.others)
 
 
 def heat_of(explanation: Explanation, label: str | int, *, longest: int | None = None) -> Heat:
-    """The heat of one label; texts beyond ``longest`` characters are cut.
+    """The heat of one label; texts beyond ``longest`` characters are cut. A tokenizer that doesn't say where its tokens
+    stand has one text of words, also of a pair.
 
     Raises:
         CalibrationError: for a label that the classifier doesn't have.
     """
     number = explanation.reading.label(label)
     found = explanation.by("word")
-    values = [float(value) for value in found.values[:, number]]
-    largest = max((abs(v) for word, v in zip(found.keys, values, strict=True) if not word.special), default=0.0)
-    texts = [explanation.text] if explanation.pair is None else [explanation.text, explanation.pair]
+    every = [(word, float(value)) for word, value in zip(found.keys, found.values[:, number], strict=True)]
+    words = [(word, value) for word, value in every if not word.special]
+    largest = max((abs(value) for _, value in words), default=0.0)
+    texts = [explanation.text]
+    if explanation.pair is not None and explanation.reading.has_offsets:
+        texts.append(explanation.pair)
     name = explanation.names[number]
     parts = []
     for place, text in enumerate(texts):
-        own = [(word, v) for word, v in zip(found.keys, values, strict=True) if word.part == place and not word.special]
-        parts.append(tuple(_parts(text, own, largest, name, longest)))
-    special = sum(v for word, v in zip(found.keys, values, strict=True) if word.special)
+        parts.append(tuple(_parts(text, [own for own in words if own[0].part == place], largest, name, longest)))
+    special = sum(value for word, value in every if word.special)
     others = (("base value", float(explanation.base[number])), ("special tokens", special))
-    return Heat(name, tuple(parts), others, float(explanation.logits[number]))
+    ordered = sorted(((word.text, value) for word, value in words), key=lambda pair: -pair[1])
+    speaking = (
+        tuple(pair for pair in ordered[:_STRONGEST] if pair[1] > 0),
+        tuple(pair for pair in ordered[::-1][:_STRONGEST] if pair[1] < 0),
+    )
+    return Heat(name, tuple(parts), others, float(explanation.logits[number]), speaking, explanation.truncated)
 
 
 def _parts(text: str, words: list[tuple[Word, float]], largest: float, label: str, longest: int | None) -> list[Part]:

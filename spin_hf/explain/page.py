@@ -13,6 +13,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..attention import pooling_title
+
 LONGEST = 600  # characters of a text that are shown
 
 
@@ -74,6 +76,7 @@ def _environment() -> Environment:
         loader=PackageLoader("spin_hf.explain", "templates"), undefined=StrictUndefined, autoescape=True
     )
     environment.filters["shown"] = shown
+    environment.filters["pooling_title"] = pooling_title
     return environment
 
 

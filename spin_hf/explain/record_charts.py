@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..attention import pooling_title
 from ..calibration import CalibrationResult
 from ..calibration.confidence import Confidence, Reliability
 from ..calibration.resampling import share_interval
@@ -163,7 +164,7 @@ def kept_by_block(result: CalibrationResult) -> Grid | None:
     )
 
 
-def reliability(confidence: Confidence, *, rows: int) -> Chart:
+def reliability(confidence: Confidence, *, rows: int, evaluated: str) -> Chart:
     """The confidence that the record has, before and after its temperature."""
     shown = [("as the head says", confidence.before)]
     if confidence.temperature != 1:
@@ -172,7 +173,7 @@ def reliability(confidence: Confidence, *, rows: int) -> Chart:
         shown,
         name="reliability",
         title="How far the probabilities can be trusted",
-        about=f"On the {rows:,} validation texts: of the answers given with so much confidence, how many were right. "
+        about=f"On {rows:,} texts ({evaluated}): of the answers given with so much confidence, how many were right. "
         "On the diagonal both agree.",
     )
 
@@ -281,7 +282,7 @@ def _score(result: CalibrationResult) -> str:
 
 
 def _words(kind: str, pooling: str) -> str:
-    return f"{KINDS[kind]}, {'all poolings' if pooling == 'all' else pooling}"
+    return f"{KINDS[kind]}, {'all poolings' if pooling == 'all' else pooling_title(pooling)}"
 
 
 def _column(points: Sequence[tuple[Any, ...]], index: int) -> tuple[Any, ...]:

@@ -146,7 +146,8 @@ class Report:
             wrong = [confusion_grid(names, counts, rows=self.test["rows"], of="the test")]
         believed: list[Figure] = []
         if result.confidence is not None:
-            believed.append(record.reliability(result.confidence, rows=result.data["eval_rows"]))
+            data = result.data
+            believed.append(record.reliability(result.confidence, rows=data["eval_rows"], evaluated=data["evaluated"]))
         believed += trust(first) if first else []
         if result.confidence is not None:
             believed.append(record.coverage(result.confidence))
@@ -183,9 +184,10 @@ class Report:
 
     def _selection_note(self) -> str:
         tried, on = len(self.result.candidates), self.result.data["evaluated"]
+        how = f"by {on}" if "cross-validation" in on else f"on the {on} texts"
         return (
-            f"The classifier was chosen from {tried:,} candidate{'s' * (tried != 1)} on the {on} texts, so its score "
-            "there flatters."
+            f"The classifier was chosen from {tried:,} candidate{'s' * (tried != 1)} {how}, so its score there "
+            "flatters."
         )
 
     def _validation_interval(self, name: str, score: float) -> tuple[float, float] | None:

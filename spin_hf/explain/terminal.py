@@ -11,6 +11,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from .heat import Heat, heat_of
 from .result import Explanation
 from .words import Word
 
@@ -20,7 +21,6 @@ _AGAINST = tuple(map(Style.parse, ("black on #fdd0a2", "black on #fd8d3c", "bold
 _STEPS = (0.15, 0.4, 0.7)  # of the largest contribution
 _DIM = Style(dim=True)
 _BAR = 24
-_SHOWN = 6  # words for, and against
 _LONGEST = 4000  # characters of a text that are shown
 
 
@@ -35,12 +35,13 @@ def shown(explanation: Explanation, label: str | None = None) -> RenderableType:
         CalibrationError: for another label.
     """
     number = explanation.reading.label(explanation.label if label is None else label)
-    parts: list[RenderableType] = [_headline(explanation, number), *_texts(explanation, number)]
+    heat = heat_of(explanation, number)
+    parts: list[RenderableType] = [_headline(explanation, number, heat), *_texts(explanation, number)]
     if explanation.truncated:
         parts.append(Text("The end of the text was cut off: the model reads no more tokens.", _DIM))
-    for title, pairs in zip(("for", "against"), explanation.top(number, count=_SHOWN), strict=True):
+    for title, pairs in zip(("for", "against"), heat.speaking, strict=True):
         line = Text(f"{title:<9}")
-        line.append(", ".join(f"{visible(word.text)} {value:+.2f}" for word, value in pairs) or "nothing")
+        line.append(", ".join(f"{visible(word)} {value:+.2f}" for word, value in pairs) or "no word")
         parts.append(line)
     parts.append(_blocks(explanation, number))
     return Group(*parts, Text())
@@ -63,13 +64,14 @@ def _visible(sign: str) -> str:
     return "\ufffd" if turns or unicodedata.category(sign) in ("Cc", "Cs") else sign
 
 
-def _headline(explanation: Explanation, number: int) -> Text:
-    name, logit, base = visible(explanation.names[number]), explanation.logits[number], explanation.base[number]
+def _headline(explanation: Explanation, number: int, heat: Heat) -> Text:
+    name, logit = visible(heat.label), heat.logit
     if explanation.reading.problem_type == "regression":
         line = Text(f"{name} {logit:.3f}", Style(bold=True))
     else:
         line = Text(f"{name} {explanation.probabilities[number]:.3f}", Style(bold=True))
-    line.append(f"  logit {logit:+.2f} = base {base:+.2f}, words {logit - base:+.2f}", _DIM)
+    others = "".join(f", {name} {value:+.2f}" for name, value in heat.others)
+    line.append(f"  logit {logit:+.2f} = words {heat.words:+.2f}{others}", _DIM)
     return line
 
 

@@ -73,6 +73,30 @@ def test_the_parts_of_a_text_are_the_text(answerer):
     assert "".join(part.text for part in parts) == "good film " * 5 + "… (200 characters)"
 
 
+def test_what_the_colours_say_is_written_too(answerer, answer):
+    heat = answer.heat("good")
+    assert heat.words + sum(value for _, value in heat.others) == pytest.approx(heat.logit)
+    (own,) = explain(answerer.model, answerer.tokenizer, [TEXT])
+    added = own.by("word").values[:, own.names.index("good")]
+    known = [(w.text, v) for w, v in zip(own.words, added, strict=True) if not w.special]
+    wanted = sorted(known, key=lambda pair: -pair[1])
+    assert heat.speaking[0] == tuple(pair for pair in wanted if pair[1] > 0)[:6]
+    assert heat.speaking[1] == tuple(pair for pair in wanted[::-1] if pair[1] < 0)[:6]
+    text = re.sub(r"<[^>]*>", "", answer.words_html("good"))
+    for title, pairs in zip(("For", "Against"), heat.speaking, strict=True):
+        told = ", ".join(f"{word} {value:+.2f}" for word, value in pairs) or "no word"
+        assert f"{title} good: {told}." in text.replace("&lt;", "<").replace("&gt;", ">")
+    assert "cut off" not in text
+
+
+def test_a_text_that_was_cut_says_so_and_a_page_has_bounds(answerer):
+    html = answerer.answer("good film " * 60).words_html("good")
+    assert "The end of the text was cut off: the model reads no more tokens." in html
+    html = answerer.answer("good film " * 10_000).words_html("good")
+    assert "… (100,000 characters)" in html
+    assert len(html) < 50_000
+
+
 def test_html_is_escaped(answer):
     for html in (answer.words_html("good"), answer.layers_html("good"), answer.change_html(3, 1.0, answer.heat("bad"))):
         assert "<b>" not in html

@@ -104,9 +104,11 @@ def test_it_holds_the_record_and_the_scores(page, sentiment, evaluated):
     assert set(charts) == {attrs["data-chart"] for _, attrs in page.tags if "data-chart" in attrs}
 
 
-def test_every_mistake_has_its_text(page, evaluated):
-    for row in np.flatnonzero(~evaluated.right)[:1]:
-        assert evaluated.texts[row] in page.text
+def test_every_kind_of_mistake_has_texts(page, evaluated):
+    assert not evaluated.right.all()
+    for cell in evaluated.cells():
+        assert all(example.text in page.text for example in cell.examples)
+        assert len(cell.examples) == min(3, cell.count)
     cells = {attrs["id"] for tag, attrs in page.tags if tag == "details" and attrs.get("id", "").startswith("cell-")}
     pairs = zip(evaluated.labels, evaluated.prediction.labels, strict=True)
     assert cells == {f"cell-{true}-{said}" for true, said in pairs}
@@ -273,6 +275,22 @@ def test_150_classes(sentiment):
     assert len(page.scripts[0]) + len(page.text) < 1_000_000
 
 
+def test_what_its_words_say_is_written_below_each_example(page, evaluated):
+    for _, examples in evaluated.examples():
+        for example in examples:
+            heat = evaluated.heat[example.row]
+            told = ", ".join(f"{word} {value:+.2f}" for word, value in heat.speaking[0]) or "no word"
+            assert f"For {heat.label}: {told}." in page.text
+
+
+def test_cross_validation_is_called_so(make):
+    made = make(builders.make_sentiment_rows(40), validation_fraction=None, cv=3)
+    page = Parsed(Report("folds", made.result).html())
+    assert "by 3-fold cross-validation, so its score there flatters" in page.text
+    assert "validation texts" not in page.text.replace("3-fold cross-validation", "")
+    assert "(3-fold cross-validation)" in page.text
+
+
 def test_surrogates_are_no_text_of_a_file():
     assert shown("a\ud800b\x00\ufffe") == "a�b␀�"
 
@@ -377,6 +395,8 @@ def test_the_command(folder, tmp_path):
 def test_the_command_says_what_is_wrong(folder, tmp_path, monkeypatch):
     assert "cards and reports are made from it" in run(tmp_path, code=2).stderr
     assert "there is none" in run(folder, "--text-column", "body", code=2).stderr
+    assert "There is no folder" in run(tmp_path / "nowhere", code=2).stderr
+    assert f"--out {tmp_path} is a folder" in " ".join(run(folder, "--out", tmp_path, code=2).stderr.split())
     assert "./nothing.csv is not a file" in run(folder, "--data", "./nothing.csv", code=2).stderr
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     _plotly.cache_clear()

@@ -1,6 +1,7 @@
 """``spin-hf explain``: for people in colours, for programs as JSON lines; texts stay data."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -74,7 +75,9 @@ def test_what_a_person_reads(folder):
     out = run("explain", folder, "a good [bold]film[/bold]", "--label", "good").stdout
     first, second, *rest = out.splitlines()
     assert first.startswith("good 0.")
-    assert "base" in first
+    logit, *parts = map(float, re.findall(r"[+-]\d+\.\d\d", first))
+    assert len(parts) == 3  # words, base value, special tokens
+    assert sum(parts) == pytest.approx(logit, abs=0.02)
     assert second == "a good [bold]film[/bold]"
     assert any(line.startswith("for ") for line in rest)
     assert any(line.startswith("against ") for line in rest)
@@ -84,7 +87,7 @@ def test_what_a_person_reads(folder):
 
 def test_a_label_that_is_none(folder):
     result = run("explain", folder, "good", "--label", "great", code=2)
-    assert "'great' is not one of the labels: bad, good, [red]odd[/red]" in " ".join(result.stderr.split())
+    assert "--label great is not one of the labels: bad, good, [red]odd[/red]" in " ".join(result.stderr.split())
 
 
 def test_words_have_the_colour_of_their_sign(tokenizer):

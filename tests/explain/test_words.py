@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from spin_hf import NotCalibratedError, SpinForSequenceClassification
 from spin_hf.calibration.errors import CalibrationError, EmptyTextError, TextPairError, TokenizerMismatchError
 from spin_hf.explain import explain
+from spin_hf.explain.heat import heat_of
 from spin_hf.explain.words import Piece, tokenized, word_spans
 from spin_hf.windows import Windows
 
@@ -147,6 +148,9 @@ def test_a_tokenizer_without_offsets(tokenizer):
     whole = explain(calibrated(make_backbone("bert")), tokenizer, ["good it's bad"])
     assert whole.reading.has_offsets
     np.testing.assert_array_equal(found[0].token_contributions, whole[0].token_contributions)
+    (pair,) = explain(calibrated(make_backbone("bert")), slow, ["good it's"], ["bad day"])
+    ((*parts,),) = heat_of(pair, 0).texts  # of words without a place none is told to be of the second text
+    assert [part.text for part in parts if part.told][-2:] == ["bad", "day"]
 
 
 def test_only_special_tokens(tokenizer):
