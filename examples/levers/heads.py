@@ -128,6 +128,11 @@ class Selector:
             kept = ((own[:, index] - mean[index]) / scale[index]).half().cpu()
             self._kept[name, fold] = kept, entry[index].cpu(), index.cpu()
 
+    def salient(self, places: dict[str, Features], fold: int) -> Tensor:
+        """All salient neurons of these places, standardised, ``(texts, kept)``."""
+        self.prepare(places, fold)
+        return torch.cat([self._kept[name, fold][0] for name in places], 1).float()
+
     def fit(self, places: dict[str, Features], *, dense: dict[str, Features] | None = None) -> Outcome:
         """A head on the salient neurons of these places, and on all of the dense ones.
 

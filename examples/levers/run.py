@@ -300,6 +300,7 @@ LEVERS: dict[str, Callable[[Trial], Outcome]] = {
     "stability selection": lambda t: stability_selection(t.folds, t.places()),
     "joint probe": lambda t: joint_probe(t.folds, t.places()),
     "attention only, joint probe": lambda t: joint_probe(t.folds, t.attended()),
+    "attention only, joint probe of the salient": lambda t: joint_probe(t.folds, t.attended(), salient=t.selector),
     "group lasso": lambda t: group_lasso(t.folds, t.places(), {name: name.split()[0] for name in t.places()}),
 }
 

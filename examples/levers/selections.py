@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from heads import MOST, Features, Folds, Outcome, head
+from heads import MOST, Features, Folds, Outcome, Selector, head
 from torch import Tensor
 
 from spin_hf.calibration.losses import Loss
@@ -61,11 +61,18 @@ def _of_halves(folds: Folds, values: Tensor, halves: list[np.ndarray]) -> tuple[
     return (every > 0).float().mean(0), every.mean(0)
 
 
-def joint_probe(folds: Folds, places: Mapping[str, Features]) -> Outcome:
-    """A head on the features of one sparse probe of all taps at once, the last of its path that a head may have."""
+def joint_probe(folds: Folds, places: Mapping[str, Features], *, salient: Selector | None = None) -> Outcome:
+    """A head on the features of one sparse probe of all taps at once, the last of its path that a head may have.
+
+    Args:
+        salient: whose neurons alone the probe may read, by the taps' own probes; else it may read all.
+    """
     matrices = []
     for fold, (rows, _) in enumerate(folds.parts):
-        x = torch.cat([scaled(features(fold), rows) for features in places.values()], 1)
+        if salient is None:
+            x = torch.cat([scaled(features(fold), rows) for features in places.values()], 1)
+        else:
+            x = salient.salient(dict(places), fold)
         y, s, loss, own = folds.targets[rows].cpu(), folds.ones(rows).cpu(), folds.task.loss, x[rows]
         first, chosen = smallest_useful_C(own, y, s, loss), torch.zeros(0, dtype=torch.int64)
         for point in solve_path(own, y, s, loss, [first / _STEP**i for i in range(1, 60)], tol=1e-2):
