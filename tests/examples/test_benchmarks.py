@@ -2,9 +2,11 @@
 
 import json
 import os
+from pathlib import Path
 
 import forked
 import pytest
+from builders import calibrated, make_backbone, make_tokenizer
 from example_runs import EXAMPLES, run_example
 
 
@@ -54,6 +56,22 @@ def test_solver_benchmark(run):
     rows = {row["solver"]: row for row in map(json.loads, lines)}
     assert rows.keys() >= {"spin_hf", "liblinear"}
     assert all(row["gap"] <= 1e-4 for row in rows.values())
+    options = ("--set", "sst2", "--taps", "hidden.1", "hidden.2", "--rows", 60, "--parts", "schedule", "--jobs", 2)
+    (line,) = run("benchmarks/solver.py", *options, data="sst2").splitlines()
+    found = json.loads(line)
+    assert found["tap"] == "hidden.1 hidden.2"
+    assert found["worst gap"]["spin_hf"] <= 1e-4 < found["worst gap"]["schedule"]
+    assert min(found["seconds"].values()) > 0
+
+
+def test_explain_benchmark(run, tmp_path):
+    calibrated(make_backbone("bert")).save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    options = ("--model", tmp_path / "tiny", "--texts", 5, "--timed", 3, "--repeats", 1)
+    found = json.loads(run("benchmarks/explain.py", *options, data="sst2"))
+    assert (found["classifier"], found["texts"], found["timed"]) == ("tiny", 5, 3)
+    assert found["worst_error"] < 1e-4
+    assert found["ratio"] > 0
 
 
 def test_inference_benchmark_writes_its_section(tmp_path):
@@ -73,6 +91,13 @@ def test_inference_benchmark_writes_its_section(tmp_path):
     assert str(tmp_path) not in text
 
 
+def command(words):
+    """What ``spin-hf`` does."""
+    from spin_hf.cli import app
+
+    app(words, standalone_mode=False)
+
+
 @pytest.fixture(scope="module")
 def several_gpus(tmp_path_factory):
     """The rows of each part of ``several_gpus.py``, from one and two processes on the CPU, and what it recorded."""
@@ -84,10 +109,14 @@ def several_gpus(tmp_path_factory):
         import launches
         import several_gpus_worker
 
-        def start(task, options, count, env, log, seconds):
+        def start(program, count, env, log, seconds):
             own = {name: value for name, value in env.items() if os.environ.get(name) != value}
             own["MASTER_PORT"] = str(launches._free_port())
-            return forked.launch(count, own, preset, log.name, several_gpus_worker.main, task, options)
+            _, *given = program  # the worker, or python's -m
+            call = (
+                (several_gpus_worker.main, given[0], Path(given[1])) if given[0] != "spin_hf" else (command, given[1:])
+            )
+            return forked.launch(count, own, preset, log.name, *call)
 
         patch.setattr(launches, "start", start)
         shown = run_example("benchmarks/several_gpus.py", *options)
@@ -111,7 +140,24 @@ def test_several_gpus_make_what_one_makes(several_gpus):
         assert found["logits_differ_by"] == 0 < found["largest_logit"]
     assert min(rows["scaling"][1]["speedup"].values()) > 0
     assert all(len(own.split(", ")) == 2 for own in rows["scaling"][1]["busy"].values())
-    assert (folder / "found.md").read_text(encoding="utf-8").count("\n## Several GPUs, ") == 4
+    assert (folder / "found.md").read_text(encoding="utf-8").count("\n## Several GPUs, ") == 5
+
+
+def test_several_gpus_save_what_one_saves(several_gpus):
+    rows = several_gpus[0]["command"]
+    assert [row["processes"] for row in rows] == [1, 2]
+    assert all(row["unequal_values"] == 0 < row["tensors"] for row in rows)
+
+
+def test_several_gpus_tell_what_is_wrong(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    from several_gpus import wrong
+
+    good = {"unequal_values": 0, "left_alive": 0, "within": True, "equal_on_all": True, "seconds_until_all_ended": 2}
+    assert not wrong(good)
+    for name, value in (("unequal_values", 1), ("left_alive", 1), ("within", False), ("equal_on_all", False)):
+        assert wrong({**good, name: value})
+    assert wrong({**good, "seconds_until_all_ended": 61})
 
 
 def test_several_gpus_go_on_after_one_was_killed(several_gpus):
