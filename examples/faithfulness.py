@@ -26,6 +26,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from spin_hf.attention import pooling_title
 from spin_hf.explain import (
     ablated,
     erasure,
@@ -74,7 +75,8 @@ def words(model: Any, tokenizer: Any, texts: list[str], options: Any) -> dict[st
     }
     return {
         "texts": len(texts),
-        "words": float(np.mean([len(row.words) for row in found])),
+        "words": float(np.mean([sum(not word.special for word in row.words) for row in found])),
+        "poolings": sorted({pooling_title(entry["pooling"]) for entry in model.config.features}),
         "steps": options.steps,
         "gap": float(np.median(gradients.gaps)),
         "random orders": options.orders,

@@ -1,9 +1,9 @@
 """The pictures of report and page in the docs, taken from a classifier by a headless Chromium.
 
     pip install "spin_hf[app,report,browser]"    # and Chromium itself, from the system
-    python examples/screenshots.py outputs/minilm-messages
+    python examples/screenshots.py
 
-The classifier should read customer messages, as the one of the quick start does, and have exits.
+The classifier is the demo's, calibrated on the way, with exits.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from typing import Any
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
+from transformers import AutoTokenizer
 
-from spin_hf.calibration import CalibrationResult
-from spin_hf.demo import load_split
+from spin_hf import SpinForSequenceClassification, spin_calibrate
+from spin_hf.demo import backbone_folder, load_split
 from spin_hf.explain.answers import Answerer
 from spin_hf.explain.app import app_of
 from spin_hf.explain.evaluation import Evaluated
 from spin_hf.explain.report import Report
-from spin_hf.loading import load_classifier
 
 TEXT = "Thank you for nothing: two weeks without an answer, and now you want me to pay for the return."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("classifier", type=Path, help="its folder")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "screenshots")
     parser.add_argument("--rows", type=int, help="most test messages in the report")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_classifier(str(options.classifier), "cpu", False)
-    result = CalibrationResult.load(options.classifier / "calibration.json")
+    tokenizer = AutoTokenizer.from_pretrained(backbone_folder())
+    model = SpinForSequenceClassification.from_backbone(backbone_folder())
+    result = spin_calibrate(model, tokenizer, load_split("train"), load_split("validation"), exits=True)
     evaluated = Evaluated.of(model, tokenizer, load_split("test")[: options.rows], "test messages")
     report = Report("Customer messages", result, (evaluated,)).save(options.out / "report.html")
     app = app_of(Answerer(model, tokenizer), title="Customer messages")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,15 +115,20 @@ def app_of(answerer: Answerer, *, title: str) -> gradio.Blocks:
         if not answerer.depths:
             library.Markdown(_NO_EXITS, elem_id="no-exits")
             return app
-        depths, etas = answerer.depths, answerer.etas
         with library.Row():
-            depth = library.Slider(depths[0], depths[-1], value=depths[-1], step=1, label="Blocks", elem_id="depth")
-            eta = library.Slider(etas[0], etas[-1], value=etas[-1], step=0.05, label="Eta", elem_id="eta")
+            depth = _slider(library, answerer.depths, step=1, label="Blocks", elem_id="depth")
+            eta = _slider(library, answerer.etas, step=0.05, label="Eta", elem_id="eta")
         less = library.HTML(elem_id="less", css_template=css)
         reading.then(change, [answer, depth, eta, label], less)
         for moved in (depth.change, eta.change, label.input):
             moved(change, [answer, depth, eta, label], less, show_progress="hidden")
     return app
+
+
+def _slider(library: Any, values: Sequence[float], *, step: float, **options: Any) -> Any:
+    """From the least to the largest value, where it stands at first; out of sight if there is one only."""
+    first, last = (values[0], values[-1]) if len(values) > 1 else (values[0] - step, values[0])
+    return library.Slider(first, last, value=last, step=step, visible=len(values) > 1, **options)
 
 
 def _blocks(library: Any) -> type[gradio.Blocks]:

@@ -140,12 +140,12 @@ def test_gradio_app(classifier, monkeypatch):
     assert options["theme"] is not None  # the page's own colours
 
 
-def test_screenshots(classifier, tmp_path):
+def test_screenshots(tmp_path):
     pytest.importorskip("gradio", reason="the page needs the extra app")
     pytest.importorskip("playwright", reason="pictures need the extra browser")
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         pytest.skip("pictures are taken where Chromium is installed")
-    run_example("screenshots.py", classifier, "--out", tmp_path, "--rows", 20)
+    run_example("screenshots.py", "--out", tmp_path, "--rows", 20)
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert set(sizes) == {"report.webp", "report-phone.webp", "app.webp", "app-phone.webp"}
     assert min(sizes.values()) > 10_000

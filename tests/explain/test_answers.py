@@ -84,7 +84,7 @@ def test_what_the_colours_say_is_written_too(answerer, answer):
     assert heat.speaking[1] == tuple(pair for pair in wanted[::-1] if pair[1] < 0)[:6]
     text = re.sub(r"<[^>]*>", "", answer.words_html("good"))
     for title, pairs in zip(("For", "Against"), heat.speaking, strict=True):
-        told = ", ".join(f"{word} {value:+.2f}" for word, value in pairs) or "no word"
+        told = ", ".join(f"“{word}” {value:+.2f}" for word, value in pairs) or "no word"
         assert f"{title} good: {told}." in text.replace("&lt;", "<").replace("&gt;", ">")
     assert "cut off" not in text
 

@@ -279,7 +279,7 @@ def test_what_its_words_say_is_written_below_each_example(page, evaluated):
     for _, examples in evaluated.examples():
         for example in examples:
             heat = evaluated.heat[example.row]
-            told = ", ".join(f"{word} {value:+.2f}" for word, value in heat.speaking[0]) or "no word"
+            told = ", ".join(f"“{word}” {value:+.2f}" for word, value in heat.speaking[0]) or "no word"
             assert f"For {heat.label}: {told}." in page.text
 
 
