@@ -29,7 +29,7 @@ QUICK = {
     "etas": (0.5, 1.0),
     "batch_tokens": 64,
 }
-WHOLE = {"exits": True, "poolings": ("mean", "attention")}
+WHOLE = {"exits": True, "joint": True, "poolings": ("mean", "attention")}
 
 
 def calibrate(folder: Path, name: str, **options: object) -> None:

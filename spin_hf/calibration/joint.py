@@ -1,8 +1,9 @@
 """Neurons chosen together: one sparse probe of all taps at once, instead of one for each.
 
-A tap's own probe doesn't know of the others, so that neighbouring taps keep neurons that say the same. A probe of all of
-them keeps what each adds to the rest; a dense head is fitted on what it keeps, as for every candidate. It chooses among
-the features whose slope at zero is largest (sure independence screening: Fan and Lv 2008), so that its cost is bounded.
+A tap's own probe doesn't know of the others, so that neighbouring taps keep neurons that say the same. A probe of all
+of them keeps what each adds to the rest; a dense head is fitted on what it keeps, as for every candidate. It chooses
+among the features whose slope at zero is largest (sure independence screening: Fan and Lv 2008), so that its cost is
+bounded.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def _largest(places: Sequence[Place], found: Sequence[Tensor]) -> _Screened:
 
 def _paths(fitter: HeadFitter, screened: Sequence[_Screened], tol: float) -> Iterator[tuple[PathPoint, ...]]:
     """For each value of C the point of every fit."""
-    data, loss, paths = fitter.data, fitter.data.task.loss, []
+    data, loss = fitter.data, fitter.data.task.loss
+    paths: list[Iterator[PathPoint]] = []
     grid: list[float] = []
     for each, rows in zip(screened, data.fits(), strict=True):
         (x,) = read_features(fitter.source, each.groups(), each.mean, each.scale, fitter.device, rows)
@@ -137,9 +139,9 @@ def _by_place(screened: Sequence[_Screened], points: Sequence[PathPoint]) -> lis
                 neurons = torch.from_numpy(each.neurons[place])
                 mean[neurons], scale[neurons], weight[:, neurons] = known[place]
             fits[place].append(ProbeFit(mean, scale, weight, point.intercept, weight.square().sum(0)))
-    C, nothing = points[-1].C, np.zeros(0)
-    gap, unconverged = max(p.gap for p in points), sum(not p.converged for p in points)
-    probes = [
-        Probe(tap, pooling, C, 0.0, nothing, (), tuple(own), gap, unconverged) for (tap, pooling), own in fits.items()
-    ]
-    return [probe for probe in probes if any(fit.salience.any() for fit in probe.fits)]
+    found = []
+    for (tap, pooling), own in fits.items():
+        if any(fit.salience.any() for fit in own):
+            gaps = max(p.gap for p in points), sum(not p.converged for p in points)
+            found.append(Probe(tap, pooling, points[-1].C, 0.0, np.zeros(0), (), tuple(own), *gaps))
+    return found

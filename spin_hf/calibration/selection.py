@@ -26,9 +26,9 @@ class Candidate:
     """One classifier that was tried, and how it did on the evaluation rows.
 
     ``kind`` is ``hidden``, ``ffn`` or ``both``; ``pooling`` a pooling or ``all``. ``eta`` and ``C`` (the head's) say
-    how it was made. A single probe has its tap in ``probe`` and no ``eta``; neurons that one probe of all taps chose are
-    ``joint``. ``loss`` is the mean loss on the evaluation
-    rows (``None`` for probes, which are chosen by the metric alone).
+    how it was made. A single probe has its tap in ``probe`` and no ``eta``; ``joint`` neurons were chosen by one probe
+    of all taps. ``loss`` is the mean loss on the evaluation rows (``None`` for probes, which are chosen by the metric
+    alone).
     """
 
     kind: str
