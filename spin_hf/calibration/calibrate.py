@@ -133,8 +133,8 @@ def spin_calibrate(
         depths: numbers of blocks to try; by default two, three, four and five fifths of them.
         max_features: most features a candidate may have (default 3072).
         max_depth: most blocks the classifier may run.
-        joint: also choose neurons together, by one sparse probe of all taps at once, with the kinds, poolings and
-            depth of the best head; see :mod:`spin_hf.calibration.joint`.
+        joint: also choose neurons together, by one sparse probe of all taps at once, with the poolings and depth of the
+            best head; see :mod:`spin_hf.calibration.joint`.
         max_length: tokens per text, or of a window; by default what tokenizer and backbone allow.
         windows: read texts that are longer in overlapping windows, here and in use, instead of cutting them. Each token
             is pooled once, in the window where it stands farther from the end; see :mod:`spin_hf.windows`.

@@ -50,7 +50,7 @@ def select_jointly(
     Args:
         fitter: of the other heads.
         places: the taps and poolings to choose from.
-        best: of the other heads; this one has its kind, pooling and depth.
+        best: whose kind, pooling and depth this one has.
         max_features: of the head.
         tol: relative duality gap of the probe.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -24,7 +24,7 @@ from .progress import Show
 from .ranks import Ranks
 from .recipe import Recipe
 from .resampling import bootstrap_interval
-from .selection import Candidate, members, probe_candidate, smallest_within_error, winner
+from .selection import BOTH, Candidate, members, probe_candidate, smallest_within_error, winner
 from .shared_columns import read_features
 from .store import FeatureStore
 from .task import METRICS, Task
@@ -112,7 +112,7 @@ def try_heads(
     def fit(heads: HeadSet) -> tuple[list[Candidate], int]:
         return fitter.fit(heads, etas=recipe.etas, max_features=recipe.max_features)
 
-    settings = recipe, tol, fitter.tol
+    settings = replace(recipe, joint=False), tol, fitter.tol
     sets = [(grid, heads) for grid in grids for heads in head_sets(grid, depths, combine=recipe.combine)]
     sets = sets if recipe.etas else []
     fitter = fitter.sharing([heads for _, heads in sets], etas=recipe.etas, max_features=recipe.max_features)
@@ -133,6 +133,8 @@ def try_heads(
     heads = [candidate for candidate, _ in tried if candidate.probe is None]
     if recipe.joint and heads:
         best = min(heads, key=lambda candidate: candidate.rank)
+        if recipe.combine and len({probe.tap.kind == "ffn" for probe in grids[0]}) > 1:
+            best = replace(best, kind=BOTH)
         own = [p for p in members(grids[0], best.kind, best.pooling) if p.tap.block <= best.depth]
         places = [(probe.tap, probe.pooling) for probe in own]
 

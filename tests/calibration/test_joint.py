@@ -102,8 +102,9 @@ def test_a_calibration_tries_it_when_it_is_asked(tokenizer):
     assert not any(candidate.joint for candidate in plain.candidates)
     (own,) = [candidate for candidate in result.candidates if candidate.joint]
     best = min((c for c in plain.candidates if c.probe is None), key=lambda c: c.rank)
-    assert (own.kind, own.pooling, own.depth) == (best.kind, best.pooling, best.depth)
-    assert own.name == f"{best.kind}, mean, jointly, {best.depth} blocks"
+    assert own.name == f"both, mean, jointly, {best.depth} blocks"
+    alone = calibrate(joint=True, kinds=["ffn"])
+    assert [candidate.kind for candidate in alone.candidates if candidate.joint] == ["ffn"]
     others = [c for c in result.candidates if not c.joint]
     assert [c.name for c in others] == [c.name for c in plain.candidates]
     with pytest.raises(CalibrationError, match="has a probe for each tap"):
