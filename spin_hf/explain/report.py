@@ -245,6 +245,8 @@ class Report:
         run = result.blocks
         saved = f"{1 - run / blocks:.0%} of the blocks saved" if blocks and run < blocks else ""
         whole = f" of {blocks}" if blocks else ""
+        if run > chosen.depth and result.exits:
+            saved = f"the classifier needs {chosen.depth}, its exits all"
         yield {"name": "Blocks that run", "value": f"{run}{whole}", "more": saved}
         yield {"name": "Neurons", "value": f"{self._neurons:,}", "more": chosen.name}
         if result.confidence is not None:

@@ -313,7 +313,10 @@ def test_an_exit_that_was_kept(with_exits, rows, tmp_path):
     with_exits.tokenizer.save_pretrained(folder)
     with_exits.result.save(folder / "calibration.json")
     wanted = with_exits.result.exits[0]
-    assert "Heads that the classifier keeps" in Report("several", with_exits.result).html()
+    several = Report("several", with_exits.result).html()
+    assert "Heads that the classifier keeps" in several
+    least = with_exits.result.chosen.depth
+    assert (f"the classifier needs {least}, its exits all" in several) == (with_exits.result.blocks > least)
     assert CliRunner().invoke(app, ["keep-exit", str(folder), "--exit", "0", "--out", str(kept)]).exit_code == 0
     assert CliRunner().invoke(app, ["report", str(kept)]).exit_code == 0
     page = Parsed((kept / "report.html").read_text(encoding="utf-8"))

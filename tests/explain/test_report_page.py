@@ -79,6 +79,18 @@ def test_axe_would_find_something(open_page):
     assert [v["id"] for v in axe.Axe().run(page).response["violations"]] == ["color-contrast"]
 
 
+def test_paper_shows_every_chart(chromium, file):
+    context = chromium.new_context(viewport={"width": 800, "height": 600})
+    page = context.new_page()
+    page.goto(file.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    charts = page.locator(".chart").count()
+    assert page.locator(".chart .main-svg").count() < charts  # those in sight
+    page.pdf()
+    assert page.locator(".chart[data-drawn]").count() == charts
+    context.close()
+
+
 def test_a_click_on_a_cell_opens_its_texts_and_a_point_tells_its_values(open_page):
     page = open_page(1280, "light")
     cell = page.locator("[id^=cell-]").first

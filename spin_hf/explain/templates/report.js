@@ -90,13 +90,15 @@
     const script = document.createElement("script");
     script.text = await new Response(stream).text();
     document.head.append(script);
+    const drawOnce = (place) => {
+      if (place.dataset.drawn) return;
+      place.dataset.drawn = "yes";
+      draw(place);
+    };
     const watch = new IntersectionObserver((seen) => {
-      for (const { isIntersecting, target } of seen) {
-        if (!isIntersecting || target.dataset.drawn) continue;
-        target.dataset.drawn = "yes";
-        draw(target);
-      }
+      for (const { isIntersecting, target } of seen) if (isIntersecting) drawOnce(target);
     }, { rootMargin: "400px" });
+    addEventListener("beforeprint", () => places.forEach(drawOnce));  // paper shows those too that no one scrolled to
     for (const place of places) watch.observe(place);
     for (const place of places) place.style.height = `${heightOf(charts[place.dataset.chart])}px`;
     const again = () => places.filter((place) => place.dataset.drawn).forEach(draw);
