@@ -61,7 +61,7 @@ class Ranks:
         distributed = torch.distributed
         if not joined and distributed.is_initialized() and distributed.get_backend() == "gloo":
             atexit.register(_leave, distributed.group.WORLD)
-        group = _patient_group() if joined and state.num_processes > 1 else None
+        group = None if state.num_processes == 1 else _patient_group(waits=not joined)
         return cls(state.process_index, state.num_processes, state.device, group)
 
     @property
@@ -226,12 +226,16 @@ def ending_together(function: Callable[P, R]) -> Callable[P, R]:
 _patient: tuple[Any, Any] = (None, None)
 
 
-def _patient_group() -> Any:
-    """All processes once more: those that joined before they came here may wait for each other for minutes only."""
+def _patient_group(*, waits: bool) -> Any:
+    """A group of all processes that may wait for each other as long as work takes; ``None`` is the one they joined.
+
+    Args:
+        waits: whether that one, just joined, may; one that was joined before may for minutes only.
+    """
     global _patient
     world = torch.distributed.group.WORLD
     if _patient[0] is not world:
-        _patient = world, torch.distributed.new_group(timeout=_PATIENCE)
+        _patient = world, None if waits else torch.distributed.new_group(timeout=_PATIENCE)
     return _patient[1]
 
 
