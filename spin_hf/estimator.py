@@ -43,7 +43,6 @@ _CALIBRATION = (  # parameters that go to spin_calibrate as they are
     "etas",
     "max_features",
     "max_depth",
-    "joint",
     "max_length",
     "windows",
     "overlap",
@@ -73,7 +72,6 @@ class _SpinEstimator(BaseEstimator):
         etas: Sequence[float] | None = None,
         max_features: int | None = None,
         max_depth: int | None = None,
-        joint: bool = False,
         max_length: int | None = None,
         windows: bool = False,
         overlap: int | None = None,
@@ -99,7 +97,6 @@ class _SpinEstimator(BaseEstimator):
         self.etas = etas
         self.max_features = max_features
         self.max_depth = max_depth
-        self.joint = joint
         self.max_length = max_length
         self.windows = windows
         self.overlap = overlap
@@ -216,10 +213,10 @@ class SpinClassifier(ClassifierMixin, _SpinEstimator):
             ``spin_calibrate``.
         metric: as in ``spin_calibrate``; a function gets the labels as ``y`` has them.
         class_weight: ``"balanced"``, or weights by the labels of ``y`` (for several at once, by column or its name).
-        preset, prefer, kinds, poolings, Cs, etas, max_features, max_depth, joint, max_length, windows, overlap,
-            exits, batch_tokens, cache_dir: as in ``spin_calibrate``. With ``exits``, ``model_.keep_exit(0)`` has the
-            fitted estimator answer by that exit from then on. With ``cache_dir`` a grid search over what is not read
-            from the backbone (Cs, etas, max_features, prefer) reads each fold's texts once.
+        preset, prefer, kinds, poolings, Cs, etas, max_features, max_depth, max_length, windows, overlap, exits,
+            batch_tokens, cache_dir: as in ``spin_calibrate``. With ``exits``, ``model_.keep_exit(0)`` has the fitted
+            estimator answer by that exit from then on. With ``cache_dir`` a grid search over what is not read from the
+            backbone (Cs, etas, max_features, prefer) reads each fold's texts once.
         device: of the model; by default the best there is, or where a loaded model is.
         dtype: of the weights of a backbone that is loaded by name; as stored by default.
         random_state: seed of split, folds and bootstrap.

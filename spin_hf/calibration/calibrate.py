@@ -66,7 +66,6 @@ def spin_calibrate(
     depths: Sequence[int] | None = None,
     max_features: int | None = None,
     max_depth: int | None = None,
-    joint: bool = False,
     max_length: int | None = None,
     windows: bool = False,
     overlap: int | None = None,
@@ -133,8 +132,6 @@ def spin_calibrate(
         depths: numbers of blocks to try; by default two, three, four and five fifths of them.
         max_features: most features a candidate may have (default 3072).
         max_depth: most blocks the classifier may run.
-        joint: also choose neurons together, by one sparse probe of all taps at once, with the poolings and depth of the
-            best head; see :mod:`spin_hf.calibration.joint`.
         max_length: tokens per text, or of a window; by default what tokenizer and backbone allow.
         windows: read texts that are longer in overlapping windows, here and in use, instead of cutting them. Each token
             is pooled once, in the window where it stands farther from the end; see :mod:`spin_hf.windows`.
@@ -172,7 +169,6 @@ def spin_calibrate(
         depths=depths,
         max_features=max_features,
         max_depth=max_depth,
-        joint=joint,
     )
     if prefer not in ("score", "compact"):
         raise CalibrationError(f"prefer must be 'score' or 'compact'; got {prefer!r}.")

@@ -75,7 +75,7 @@ def fit_exits(
         same = (candidate.kind, candidate.pooling) == (chosen.kind, chosen.pooling)
         return not same or (recipe.shared_C and candidate.C != chosen.C)
 
-    heads = [(candidate, probes) for candidate, probes in tried if candidate.eta is not None and not candidate.joint]
+    heads = [(candidate, probes) for candidate, probes in tried if candidate.eta is not None]
     if not heads:
         raise CalibrationError(
             f"exits=True keeps a head for each depth and eta, and none has at most max_features={recipe.max_features} "

@@ -91,7 +91,7 @@ class HeadFitter:
         return replace(self, shared=SharedColumns.of(self.store, groups))
 
     @property
-    def source(self) -> Readable:
+    def _source(self) -> Readable:
         return self.shared or self.store
 
     def fit(self, heads: HeadSet, *, etas: Sequence[float], max_features: int) -> tuple[list[Candidate], int]:
@@ -109,7 +109,7 @@ class HeadFitter:
             score, loss, predictions, which = self._choose(scores[eta])
             C = probes[0].C if self.penalty == "l1" else _LOGIT_VARIANCES[which] / sizes[eta]
             found.append(
-                Candidate(heads.kind, heads.pooling, eta, depth, C, sizes[eta], score, loss, predictions=predictions)
+                Candidate(heads.kind, heads.pooling, eta, depth, C, sizes[eta], score, loss, None, predictions)
             )
         return found, skipped
 
@@ -137,7 +137,7 @@ class HeadFitter:
         columns = columns.take(columns.kept(candidate.eta, candidate.depth))
         rows = self.data.fits()[fold]
         single = len(self.data.folds) == 1
-        x, held_out = columns.read(self.source, self.device, rows, self.data.eval_rows if single else rows[:0])
+        x, held_out = columns.read(self._source, self.device, rows, self.data.eval_rows if single else rows[:0])
         y, s = self.data.targets[rows], self.data.weights[rows]
         loss = self.data.task.loss
         if self.penalty == "l1":
@@ -161,7 +161,7 @@ class HeadFitter:
     ) -> Iterator[tuple[float, list[Tensor]]]:
         """For each eta, the scores on the held-out rows at each C. All etas share the widest one's matrix and Gram."""
         columns = columns.take(columns.kept(etas[-1], depth))
-        x, held = columns.read(self.source, self.device, rows, held_out)
+        x, held = columns.read(self._source, self.device, rows, held_out)
         y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
         indices = [torch.from_numpy(np.flatnonzero(columns.kept(eta, depth))).to(self.device) for eta in etas]
         if x.shape[1] and pays(x.device, len(x), x.shape[1], y.shape[1]):

@@ -118,16 +118,19 @@ class Ranks:
         if self.count == 1:
             return
         own = next(iter(devices)) if len(devices) == 1 else None
-        place = (socket.gethostname(), _hardware(own)) if own is not None and own.type == "cuda" else None
-        sharing = [i for i, other in enumerate(self.gather(place)) if place is not None and other == place]
+        idle = own is not None and own.type == "cpu" and self._place.type != "cpu"
+        gpu = (socket.gethostname(), _hardware(own)) if own is not None and own.type == "cuda" else None
+        every = self.gather((idle, gpu))  # all must come to the same error
         advice = "Put it on the process's own device before: model.to(accelerate.PartialState().device)."
-        if own is not None and own.type == "cpu" and self._place.type != "cpu":
+        if wrong := [i for i, (idle, _) in enumerate(every) if idle]:
             raise CalibrationError(
-                f"Process {self.index} of {self.count} has the backbone on the CPU, and {self.device} is idle. "
-                f"{advice} To work on CPUs set ACCELERATE_USE_CPU=true."
+                f"Processes {wrong} of {self.count} have the backbone on the CPU, and their GPUs are idle. {advice} To "
+                "work on CPUs set ACCELERATE_USE_CPU=true."
             )
-        if len(sharing) > 1:
-            raise CalibrationError(f"Processes {sharing} have their backbones on the same GPU, {own}. {advice}")
+        for gpu in dict.fromkeys(gpu for _, gpu in every if gpu is not None):
+            sharing = [i for i, (_, other) in enumerate(every) if other == gpu]
+            if len(sharing) > 1:
+                raise CalibrationError(f"Processes {sharing} have their backbones on one GPU of {gpu[0]}. {advice}")
 
     def agree(self, value: Any, message: str) -> None:
         """Raise :class:`CalibrationError` with this message unless all hold an equal value."""
@@ -142,10 +145,16 @@ class Ranks:
             with suppress(OSError):
                 self._flag.touch()
         status = None if error is None else (not first_hand, self.index, f"{type(error).__name__}: {error}")
-        failures = sorted(failure for failure in self._exchange(status) if failure is not None)
+        found = self._exchange(_Message(status))
         if error is not None:
             error._all_ranks_know = True  # type: ignore[attr-defined]
-        if failures and not first_hand:
+        if not first_hand:
+            self._end_with(found)
+
+    def _end_with(self, found: Sequence[_Message]) -> None:
+        """Raise :class:`RankError` if one of these tells of a failure; all have them, and so all know."""
+        failures = sorted(message.failure for message in found if message.failure is not None)
+        if failures:
             _, index, text = failures[0]
             told = RankError(f"Process {index} of {self.count} failed with {text}")
             told._all_ranks_know = True  # type: ignore[attr-defined]
@@ -158,10 +167,16 @@ class Ranks:
         return items[self.index :: self.count]
 
     def gather(self, value: T) -> list[T]:
-        """The value of each process, in their order, on all."""
+        """The value of each process, in their order, on all.
+
+        Raises:
+            RankError: if another process failed meanwhile.
+        """
         if self.count == 1:
             return [value]
-        return [_unpacked(other, self._place) for other in self._exchange(_packed(value))]
+        found = self._exchange(_Message(None, _packed(value)))
+        self._end_with(found)
+        return [_unpacked(message.value, self._place) for message in found]
 
     def map(
         self,
@@ -262,6 +277,16 @@ def _balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
         chosen[part].append(i)
         loads[part] += costs[i]
     return [sorted(part) for part in chosen]
+
+
+class _Message(NamedTuple):
+    """What a process tells all: that it failed (at second hand, its number, the error), or a value, or that it is done.
+
+    One that failed may meet others that hand on a value.
+    """
+
+    failure: tuple[bool, int, str] | None
+    value: Any = None
 
 
 class _Away(NamedTuple):

@@ -31,7 +31,6 @@ class Recipe:
     head: str = "l2"
     max_features: int = 3072
     max_depth: int | None = None
-    joint: bool = False
 
     @classmethod
     def make(cls, preset: Preset, **changes: Any) -> Recipe:
@@ -56,10 +55,6 @@ class Recipe:
             value = getattr(recipe, name)
             if value is not None:
                 demand_whole(name, value, least=1)
-        if recipe.joint and recipe.shared_C:
-            raise CalibrationError("The paper's preset has a probe for each tap. Leave joint out.")
-        if recipe.joint and not recipe.etas:
-            raise CalibrationError("joint goes on from the best head, and without etas there is none. Give it etas.")
         if recipe.shared_C and not recipe.etas:
             raise CalibrationError("The paper's preset has no single probes: give it etas.")
         if not all(0 < eta <= 1 for eta in recipe.etas):

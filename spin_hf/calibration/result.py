@@ -250,15 +250,7 @@ def _short(candidate: Candidate) -> str:
 
 def _made(candidate: Candidate) -> tuple[object, ...]:
     """How a candidate was made, which tells it from all others."""
-    return (
-        candidate.kind,
-        candidate.pooling,
-        candidate.probe,
-        candidate.eta,
-        candidate.joint,
-        candidate.depth,
-        candidate.C,
-    )
+    return candidate.kind, candidate.pooling, candidate.probe, candidate.eta, candidate.depth, candidate.C
 
 
 def _candidate_dict(candidate: Candidate) -> dict[str, Any]:

@@ -26,9 +26,8 @@ class Candidate:
     """One classifier that was tried, and how it did on the evaluation rows.
 
     ``kind`` is ``hidden``, ``ffn`` or ``both``; ``pooling`` a pooling or ``all``. ``eta`` and ``C`` (the head's) say
-    how it was made. A single probe has its tap in ``probe`` and no ``eta``; ``joint`` neurons were chosen by one probe
-    of all taps. ``loss`` is the mean loss on the evaluation rows (``None`` for probes, which are chosen by the metric
-    alone).
+    how it was made. A single probe has its tap in ``probe`` and no ``eta``. ``loss`` is the mean loss on the evaluation
+    rows (``None`` for probes, which are chosen by the metric alone).
     """
 
     kind: str
@@ -40,7 +39,6 @@ class Candidate:
     score: float
     loss: float | None = None
     probe: str | None = None
-    joint: bool = False
     predictions: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
 
     @property
@@ -52,8 +50,7 @@ class Candidate:
     def name(self) -> str:
         if self.probe is not None:
             return f"probe on {self.probe}, {self.pooling}"
-        how = "jointly" if self.joint else f"eta {self.eta:g}"
-        return f"{self.kind}, {self.pooling}, {how}, {self.depth} blocks"
+        return f"{self.kind}, {self.pooling}, eta {self.eta:g}, {self.depth} blocks"
 
 
 def entry_shares(salience: Tensor) -> Tensor:

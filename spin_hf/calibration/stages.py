@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -18,13 +18,12 @@ from .errors import CalibrationError
 from .fits import Fits
 from .halving import in_halves, is_out_of_memory, no_room_to_solve
 from .heads import HeadFitter, HeadSet, head_sets
-from .joint import select_jointly
 from .probes import Labelled, Place, Probe, fit_probes, in_groups
 from .progress import Show
 from .ranks import Ranks
 from .recipe import Recipe
 from .resampling import bootstrap_interval
-from .selection import BOTH, Candidate, members, probe_candidate, smallest_within_error, winner
+from .selection import Candidate, probe_candidate, smallest_within_error, winner
 from .shared_columns import read_features
 from .store import FeatureStore
 from .task import METRICS, Task
@@ -112,7 +111,7 @@ def try_heads(
     def fit(heads: HeadSet) -> tuple[list[Candidate], int]:
         return fitter.fit(heads, etas=recipe.etas, max_features=recipe.max_features)
 
-    settings = replace(recipe, joint=False), tol, fitter.tol
+    settings = recipe, tol, fitter.tol
     sets = [(grid, heads) for grid in grids for heads in head_sets(grid, depths, combine=recipe.combine)]
     sets = sets if recipe.etas else []
     fitter = fitter.sharing([heads for _, heads in sets], etas=recipe.etas, max_features=recipe.max_features)
@@ -130,25 +129,6 @@ def try_heads(
     fitting = [c for c in singles if c.num_features <= recipe.max_features]
     skipped += len(singles) - len(fitting)
     tried += [(candidate, grids[0]) for candidate in fitting]
-    heads = [candidate for candidate, _ in tried if candidate.probe is None]
-    if recipe.joint and heads:
-        best = min(heads, key=lambda candidate: candidate.rank)
-        if recipe.combine and len({probe.tap.kind == "ffn" for probe in grids[0]}) > 1:
-            best = replace(best, kind=BOTH)
-        own = [p for p in members(grids[0], best.kind, best.pooling) if p.tap.block <= best.depth]
-        places = [(probe.tap, probe.pooling) for probe in own]
-
-        def select(places: list[Place]) -> Fitted | None:
-            return select_jointly(fitter, places, best, max_features=recipe.max_features, tol=tol)
-
-        with show.bar("Choosing neurons together", 1) as advance:
-            made = ranks.map(
-                [places],
-                lambda places: fits.keep(f"joint.{best.name}", settings, lambda: select(places)),
-                cost=len,
-                advance=advance,
-            )
-        tried += [pair for pair in made if pair is not None]
     if not tried:
         raise CalibrationError(
             f"No candidate has at most {recipe.max_features} features. Raise max_features, or try smaller etas."

@@ -68,9 +68,6 @@ def calibrate(
     ] = None,
     max_features: Annotated[int | None, typer.Option(help="Most neurons to keep.")] = None,
     max_depth: Annotated[int | None, typer.Option(help="Most blocks to run.")] = None,
-    joint: Annotated[
-        bool, typer.Option("--joint", help="Also choose neurons by one probe of all taps at once.")
-    ] = False,
     max_length: Annotated[int | None, typer.Option(help="Tokens per text, or of a window.")] = None,
     windows: Annotated[bool, typer.Option("--windows", help="Read longer texts in overlapping windows.")] = False,
     overlap: Annotated[int | None, typer.Option(help="Tokens that windows share; a quarter by default.")] = None,
@@ -140,7 +137,6 @@ def calibrate(
         poolings=pooling,
         max_features=max_features,
         max_depth=max_depth,
-        joint=joint,
         max_length=max_length,
         windows=windows,
         overlap=overlap,

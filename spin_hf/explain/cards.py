@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -164,7 +164,7 @@ class NeuronCards(Sequence[NeuronCard]):
 def neuron_cards(
     model: SpinForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    texts: Sequence[str] | Iterator[str],
     pairs: Sequence[str] | None = None,
     *,
     labels: Sequence[Any] | None = None,
@@ -195,7 +195,8 @@ def neuron_cards(
     demand_whole("count", count, least=1)
     demand_between("threshold", threshold, 0, 1)
     demand_between("eta", eta, 0, 1)
-    texts = texts if isinstance(texts, Sequence) else list(texts)  # what is no list of texts is told of next
+    if isinstance(texts, Iterator):
+        texts = list(texts)
     encoded = encode_for(model, tokenizer, texts, pairs)
     texts, pairs = list(texts), None if pairs is None else list(pairs)
     if len(texts) < 2:
@@ -217,6 +218,11 @@ def neuron_cards(
     values = _sums(features, of_feature, len(neurons)) / np.bincount(of_feature)
     groups = _groups(values[:, order], threshold)
     group_of = {card: number for number, group in enumerate(groups) for card in group}
+    label_means = None
+    if of_label is not None:
+        counts = of_label.sum(0)[:, None]
+        label_means = np.divide(of_label.T.astype(values.dtype) @ values, counts, where=counts > 0,
+                                out=np.full((of_label.shape[1], len(neurons)), np.nan))  # fmt: skip
     poolings: dict[int, list[str]] = defaultdict(list)
     for feature, number in zip(reading.features, of_feature.tolist(), strict=True):
         poolings[number].append(feature.pooling)
@@ -227,7 +233,7 @@ def neuron_cards(
             tuple(TextExample(int(i), float(values[i, number])) for i in part[:count])
             for part in (ranked, ranked[::-1])
         )
-        means = None if of_label is None else tuple(float(_mean(values[own, number])) for own in of_label.T)
+        means = None if label_means is None else tuple(map(float, label_means[:, number]))
         cards.append(
             NeuronCard(
                 tap=neurons[number].tap,
@@ -390,10 +396,6 @@ def _overlap(sizes: np.ndarray, eta: float) -> np.ndarray:
     both = counts.T @ counts
     own = np.diag(both)
     return np.asarray(both / (own[:, None] + own - both))
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")
 
 
 def _indicators(labels: Sequence[Any], reading: Reading, texts: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 def explain(
     model: SpinForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    texts: Sequence[str] | Iterator[str],
     pairs: Sequence[str] | None = None,
     *,
     batch_tokens: int = 4096,
@@ -58,7 +58,8 @@ def explain(
             by more than 1e-4 of it, or of 1.
     """
     demand_whole("batch_tokens", batch_tokens, least=1)
-    texts = texts if isinstance(texts, Sequence) else list(texts)  # what is no list of texts is told of next
+    if isinstance(texts, Iterator):
+        texts = list(texts)
     encoded = encode_for(model, tokenizer, texts, pairs)
     texts, pairs = list(texts), None if pairs is None else list(pairs)
     model.eval()

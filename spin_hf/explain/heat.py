@@ -97,7 +97,7 @@ def _parts(text: str, words: list[tuple[Word, float]], largest: float, label: st
             break
         if word.start > place:
             parts.append(Part(text[place : word.start]))
-        parts.append(Part(text[word.start : word.end], share, told))
+        parts.append(Part(text[word.start : min(word.end, end)], share, told))
         place = word.end
     if words and words[0][0].start is None:
         return parts

@@ -53,7 +53,7 @@ def by_eta(result: CalibrationResult) -> Chart | None:
     """The score over the share of salience kept; of all depths the best."""
     best: dict[tuple[str, str], dict[float, Candidate]] = {}
     for candidate in sorted(result.candidates, key=lambda c: c.rank):
-        if candidate.eta is not None and not candidate.joint:
+        if candidate.eta is not None:
             best.setdefault((candidate.kind, candidate.pooling), {}).setdefault(candidate.eta, candidate)
     if not best:
         return None

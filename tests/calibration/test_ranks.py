@@ -102,22 +102,25 @@ def test_an_error_of_one_ends_all(worked):
 
 def test_processes_that_joined_before_wait_as_long_as_a_calibration_takes(tmp_path):
     launch("wait", tmp_path)
-    assert [(tmp_path / f"waited.{rank}").read_text() for rank in range(2)] == ["made [0, 1] [1, 1]"] * 2
+    told = [(tmp_path / f"waited.{rank}").read_text() for rank in range(2)]
+    assert told == ["made [0, 1] [1, 1] RankError", "made [0, 1] [1, 1] EmptyDatasetError"]
 
 
 @pytest.mark.parametrize(
-    ("devices", "others", "problem"),
+    ("devices", "other", "problem"),
     [
-        (["cpu"], ["same"], "Process 1 of 2 has the backbone on the CPU, and cuda:1 is idle. Put it"),
-        (["cuda:0"], ["same"], r"Processes \[0, 1\] have their backbones on the same GPU, cuda:0. Put it"),
-        (["cuda:1"], ["another"], None),
-        (["cuda:0", "cuda:1"], ["same"], None),  # too large for one
+        (["cpu"], "cuda:0", r"Processes \[1\] of 2 have the backbone on the CPU, and their GPUs are idle. Put it"),
+        (["cuda:0"], "cuda:0", r"Processes \[0, 1\] have their backbones on one GPU of \S+. Put it"),
+        (["cuda:1"], "cuda:0", None),
+        (["cuda:1"], "cpu", r"Processes \[0\] of 2 have the backbone on the CPU"),  # another's fault ends all
+        (["cuda:0", "cuda:1"], "cuda:0", None),  # too large for one
     ],
 )
-def test_each_process_has_a_gpu_of_its_own(monkeypatch, devices, others, problem):
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, devices, other, problem):
     ranks = Ranks(1, 2, torch.device("cuda:1"))
     monkeypatch.setattr(ranks_module, "_hardware", str)
-    monkeypatch.setattr(ranks, "gather", lambda own: [own if others == ["same"] else "another", own])
+    told = (other == "cpu", None if other == "cpu" else (socket.gethostname(), other))
+    monkeypatch.setattr(ranks, "gather", lambda own: [told, own])
     places = {torch.device(device) for device in devices}
     if problem is None:
         ranks.check_place(places)
