@@ -27,8 +27,8 @@ _ADVICE = tuple(
         (r"^exit must", "--exit must"),
         (r"^label='([^']*)' is not", r"--label \1 is not"),
         (
-            r"Save it there: result\.save\([^)]*\), or pass result= to write_card",
-            "spin-hf calibrate --out writes it",
+            r"Save it there: (result\.save\([^)]*\)), or pass result= to write_card",
+            r"spin-hf calibrate --out writes it; in Python, \1",
         ),
         (r"model\.config\.exits lists them", "config.json lists them"),
         (r"Leave (windows|stacks) out", r"Leave --\1 out"),
