@@ -32,8 +32,9 @@ MAX_LENGTH = 512
 BATCH = 32
 SPINS: dict[str, dict[str, Any]] = {
     "SPIN": {},
+    "SPIN, best score": {"prefer": "score"},  # with few texts the default takes the widest candidate
     "SPIN, mean and max": {"poolings": ["mean", "max"]},
-    "SPIN, mean and max, folds": {"poolings": ["mean", "max"], "cv": 5},
+    "SPIN, mean and max, folds": {"poolings": ["mean", "max"], "cv": 5, "prefer": "score"},
     "SPIN, attention": {"poolings": ["attention"]},
     "SPIN, mean, max, attention": {"poolings": ["mean", "max", "attention"]},
 }

@@ -65,7 +65,7 @@ class _SpinEstimator(BaseEstimator):
         metric: str | Callable[[Any, Any], float] | None = None,
         class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
         preset: Literal["default", "paper"] = "default",
-        prefer: Literal["score", "compact"] = "score",
+        prefer: Literal["score", "widest", "compact"] | None = None,
         kinds: Sequence[str] | None = None,
         poolings: Sequence[str] | None = None,
         Cs: int | Sequence[float] | None = None,

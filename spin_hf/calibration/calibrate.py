@@ -34,6 +34,7 @@ from .progress import Clock, shown
 from .ranks import Ranks, ending_together
 from .recipe import Preset, Recipe
 from .result import CalibrationResult
+from .selection import PREFERENCES, Prefer
 from .stages import conclude, probe_all, try_heads
 from .store import required_bytes
 from .task import Metric, Task
@@ -58,7 +59,7 @@ def spin_calibrate(
     sample_weight: Sequence[float] | None = None,
     multiclass: Literal["multinomial", "ovr"] = "multinomial",
     preset: Preset = "default",
-    prefer: Literal["score", "compact"] = "score",
+    prefer: Prefer | None = None,
     kinds: Sequence[str] | None = None,
     poolings: Sequence[str] | None = None,
     Cs: int | Sequence[float] | None = None,
@@ -119,7 +120,9 @@ def spin_calibrate(
             - the text in the probes: every layer at the C in question (code: whichever C finished last);
             - neither in the solver: all solutions converge (code: SAGA stopped early).
         prefer: ``"score"``: the best score, candidates within half a paired standard error of it counting as tied and
-            going by their loss; or ``"compact"``: the smallest candidate within one standard error of that one.
+            going by their loss; ``"widest"``: the most features, then the best score; or ``"compact"``: the smallest
+            candidate within one standard error of the winner by score. The default is ``"score"``, and ``"widest"``
+            where fewer than 1,000 rows are cross-validated: the best of hundreds of scores on so few is mostly luck.
         kinds: of ``hidden`` and ``ffn``; both by default.
         poolings: of ``mean``, ``max``, ``first``, ``last`` and ``attention``. The default, ``attention``, weighs the
             tokens: it learns one vector for each hidden tap, which the next block's FFN neurons share, from the labels,
@@ -170,8 +173,8 @@ def spin_calibrate(
         max_features=max_features,
         max_depth=max_depth,
     )
-    if prefer not in ("score", "compact"):
-        raise CalibrationError(f"prefer must be 'score' or 'compact'; got {prefer!r}.")
+    if prefer is not None and prefer not in PREFERENCES:
+        raise CalibrationError(f"prefer must be one of {', '.join(PREFERENCES)}; got {prefer!r}.")
     check_exits(exits, recipe)
     asked = poolings is not None and ATTENTION in recipe.poolings
     if asked and cv is not None:
@@ -201,6 +204,7 @@ def spin_calibrate(
     class_weights = task.class_weights(labels[refit], class_weight)
     row_weights = task.row_weights(labels, class_weights, weights)
     data = Labelled(task, labels, task.targets(labels), row_weights, prepared.folds, refit)
+    prefer = prefer or ("widest" if data.few and preset == "default" else "score")
     taps = taps_to_read(model, recipe, tried_depths[-1])
     with shown(progress and ranks.main) as show:
         with clock("tokenize"):

@@ -15,7 +15,9 @@ from .data import Rows, encode_labels, label_names, read_rows
 from .errors import CalibrationError, MissingLabelsError, demand_between, demand_whole
 from .sources import training_splits
 
-FEW_ROWS = 1000  # of fewer, folds choose better than a part held out: examples/README.md, "With a few labels"
+# Of fewer, folds choose better than a part held out, and the widest candidate is better than the one of the best score:
+# examples/README.md, "With a few labels".
+FEW_ROWS = 1000
 _FOLDS, _FRACTION = 5, 0.2
 
 

@@ -119,7 +119,7 @@ class HeadFitter:
         scores = []
         for rows, held_out in self.data.folds:
             x = empty(len(rows), features.shape[1], device=features.device)
-            held, _, _ = standardise(features, rows, held_out, out=x)
+            held, _, _ = standardise(features, rows, held_out, out=x, few=self.data.few)
             scores.append([held @ p.weight.T + p.intercept for p in self._ridge(x, rows, None)])
         score, _, predictions, _ = self._choose(scores)
         return score, predictions

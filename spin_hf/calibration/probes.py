@@ -15,6 +15,7 @@ from torch import Tensor
 from ..taps import Tap
 from .batched import pays
 from .blocks import empty, take_rows
+from .folds import FEW_ROWS
 from .losses import Loss
 from .paths import AT_ONCE, solve_paths
 from .solver import PathPoint, smallest_useful_C, solve_path
@@ -25,6 +26,7 @@ Place = tuple[Tap, str]  # and its pooling
 _BYTES_TOGETHER = 2**31  # of features that a GPU solves together: more would not be faster
 _BYTES_HELD = 2**33  # of all that a GPU holds for what it solves together
 _MOST_TOGETHER = 16
+_PRIOR_ROWS = 10  # of the median variance, where there are few rows
 _PATIENCE = 2  # points without a better score, or without a lower loss, after which a path ends
 
 
@@ -42,6 +44,11 @@ class Labelled:
     weights: Tensor
     folds: tuple[tuple[np.ndarray, np.ndarray], ...]
     refit: np.ndarray
+
+    @property
+    def few(self) -> bool:
+        """Whether so few rows are cross-validated that scores and variances can't be taken as they are found."""
+        return len(self.folds) > 1 and len(self.labels) < FEW_ROWS
 
     @property
     def eval_rows(self) -> np.ndarray:
@@ -142,7 +149,7 @@ def fit_probes(
         x = empty(len(features), len(rows), features[0].shape[1], device=features[0].device)
         held_out = data.folds[number][1] if number < len(data.folds) else rows[:0]
         for search, own, values in zip(searches, x, features, strict=True):
-            search.standard.append(standardise(values, rows, held_out, out=own))
+            search.standard.append(standardise(values, rows, held_out, out=own, few=data.few))
         y, s = data.targets[rows].to(x.device), data.weights[rows].to(x.device)
         grids = grids or [_grid(own, y, s, loss, Cs) for own in x]
         factors = torch.stack([1.0 / search.standard[-1][2] for search in searches]) if raw else None
@@ -301,11 +308,12 @@ def in_groups(
 
 
 def standardise(
-    features: Tensor, rows: np.ndarray, held_out: np.ndarray, *, out: Tensor
+    features: Tensor, rows: np.ndarray, held_out: np.ndarray, *, out: Tensor, few: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shift and scale by the statistics of some rows, whose values are written to ``out``.
 
-    A constant column becomes zero, with scale 1.
+    A constant column becomes zero, with scale 1. With ``few`` a column's variance is that of its rows and of ten more
+    of the median variance: a neuron that hardly moves in a few texts may be a hundred times as high in the next.
 
     Returns:
         The values of the rows held out, mean and scale.
@@ -313,6 +321,9 @@ def standardise(
     torch.index_select(features, 0, torch.from_numpy(rows).to(features.device), out=out)
     mean, scale = out.mean(0), out.std(0, correction=0)
     constant = scale <= 1e-6 * mean.abs().clamp_min(1e-6)
+    if few and not constant.all():
+        median = scale[~constant].square().median()
+        scale = ((len(rows) * scale.square() + _PRIOR_ROWS * median) / (len(rows) + _PRIOR_ROWS)).sqrt()
     scale = torch.where(constant, torch.ones_like(scale), scale)
     others = take_rows(features, held_out)
     for x in (out, others):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from .resampling import paired_error
 from .shared_columns import Readable, read_features
 from .task import Metric
 
+Prefer = Literal["score", "widest", "compact"]
+PREFERENCES: tuple[str, ...] = get_args(Prefer)
 KINDS = ("hidden", "ffn")
 BOTH, ALL = "both", "all"
 _FRONT_RUNNERS = 30  # candidates that a near tie is looked for among
@@ -183,6 +186,11 @@ def winner(candidates: Sequence[Candidate], score: Metric, labels: np.ndarray, *
         and best.score - c.score <= paired_error(score, labels, best.predictions, c.predictions, seed=seed) / 2
     ]
     return best if best.loss is None else min([best, *near], key=lambda c: (c.loss, c.rank))
+
+
+def widest(candidates: Sequence[Candidate]) -> Candidate:
+    """The candidate of the most features, of several the best."""
+    return min(candidates, key=lambda c: (-c.num_features, c.rank))
 
 
 def smallest_within_error(

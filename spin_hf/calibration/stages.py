@@ -23,7 +23,7 @@ from .progress import Show
 from .ranks import Ranks
 from .recipe import Recipe
 from .resampling import bootstrap_interval
-from .selection import Candidate, probe_candidate, smallest_within_error, winner
+from .selection import Candidate, Prefer, probe_candidate, smallest_within_error, widest, winner
 from .shared_columns import read_features
 from .store import FeatureStore
 from .task import METRICS, Task
@@ -172,7 +172,7 @@ def conclude(
     tried: list[Fitted],
     probes: list[list[Probe]],
     *,
-    prefer: str,
+    prefer: Prefer,
     tol: float,
     seed: int,
     last: Tap,
@@ -180,21 +180,21 @@ def conclude(
     """Choose among the candidates and fit the chosen one on the final training rows.
 
     Args:
-        prefer: ``"score"`` or ``"compact"``, as in :func:`spin_hf.spin_calibrate`.
+        prefer: as in :func:`spin_hf.spin_calibrate`.
         tol: relative duality gap of the final head.
         seed: of the bootstrap.
         last: the tap of the baseline on the last layer.
     """
     every, truth = [candidate for candidate, _ in tried], fitter.data.labels[fitter.data.eval_rows]
     metric = fitter.data.task.metric
-    best = chosen = winner(every, metric, truth, seed=seed)
+    best = chosen = widest(every) if prefer == "widest" else winner(every, metric, truth, seed=seed)
     if prefer == "compact":
         chosen = smallest_within_error(every, best, metric, truth, seed=seed)
     final = finish(fitter, chosen, tried, tol)
     if chosen is best:
         singles = [c for c in every if c.probe is not None]
         ahead = [c for c in singles if c.score > final.candidate.score]
-        if ahead:  # the tighter tolerance turned a text that stood on the fence
+        if ahead and prefer != "widest":  # the tighter tolerance turned a text that stood on the fence
             chosen = min(ahead, key=lambda c: c.rank)
             final = finish(fitter, chosen, tried, tol)
         best = final.candidate

@@ -23,6 +23,7 @@ class _Problem(str, Enum):
 
 class _Prefer(str, Enum):
     score = "score"
+    widest = "widest"
     compact = "compact"
 
 
@@ -61,7 +62,10 @@ def calibrate(
     metric: Annotated[str | None, typer.Option(help="accuracy, macro_f1, micro_f1, matthews or r2.")] = None,
     balanced: Annotated[bool, typer.Option("--balanced", help="Weigh classes by their rarity.")] = False,
     preset: Annotated[_Preset, typer.Option(help="default, or the paper's rules.")] = _Preset.default,
-    prefer: Annotated[_Prefer, typer.Option(help="Best score, or the smallest within its error.")] = _Prefer.score,
+    prefer: Annotated[
+        _Prefer | None,
+        typer.Option(help="Best score, most neurons (default for few texts), or the fewest within the best's error."),
+    ] = None,
     kind: Annotated[list[str] | None, typer.Option(help="hidden or ffn; may be repeated.")] = None,
     pooling: Annotated[
         list[str] | None, typer.Option(help="mean, max, first, last or attention; may be repeated.")
@@ -132,7 +136,7 @@ def calibrate(
         metric=metric,
         class_weight="balanced" if balanced else None,
         preset=preset.value,
-        prefer=prefer.value,
+        prefer=None if prefer is None else prefer.value,
         kinds=kind,
         poolings=pooling,
         max_features=max_features,

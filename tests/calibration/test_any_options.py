@@ -23,7 +23,7 @@ OPTIONS = st.fixed_dictionaries(
         "class_weight": st.just("balanced"),
         "multiclass": st.just("ovr"),
         "max_features": st.sampled_from([3, 30]),
-        "prefer": st.just("compact"),
+        "prefer": st.sampled_from(["score", "widest", "compact"]),
         "exits": st.just(True),
         "preset": st.just("paper"),
         "windows": st.just(True),

@@ -131,6 +131,27 @@ def test_without_eval_it_splits_or_cross_validates(wrap, tokenizer, rows):
         spin_calibrate(wrap(), tokenizer, rows, cv=60, **QUICK)
 
 
+def test_of_few_rows_the_widest_candidate_is_taken(wrap, tokenizer, rows):
+    model, scored = wrap(), wrap()
+    few = spin_calibrate(model, tokenizer, rows, cv=3, **QUICK)
+    by_score = spin_calibrate(scored, tokenizer, rows, cv=3, prefer="score", **QUICK)
+    assert (few.settings["prefer"], by_score.settings["prefer"]) == ("widest", "score")
+    assert few.candidates == by_score.candidates
+    assert few.chosen == few.best
+    assert few.chosen.num_features == max(c.num_features for c in few.candidates) == model.config.num_features
+    assert by_score.chosen.num_features < few.chosen.num_features
+    assert by_score.chosen.score >= few.chosen.score
+
+
+@pytest.mark.parametrize(("options", "found"), [({"cv": 3}, "widest"), ({"validation_fraction": 0.2}, "score")])
+def test_what_is_preferred_is_told(wrap, tokenizer, rows, monkeypatch, options, found):
+    few = {"Cs": [0.5], "etas": [1.0], "kinds": ["hidden"], "poolings": ["mean"], "max_depth": 1, "progress": False}
+    assert spin_calibrate(wrap(), tokenizer, rows, **options, **few).settings["prefer"] == found
+    assert spin_calibrate(wrap(), tokenizer, rows, rows, **few).settings["prefer"] == "score"
+    monkeypatch.setattr(probes, "FEW_ROWS", 80)
+    assert spin_calibrate(wrap(), tokenizer, rows, **options, **few).settings["prefer"] == "score"
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

@@ -14,6 +14,7 @@ from spin_hf.calibration.selection import (
     entry_shares,
     probe_candidate,
     smallest_within_error,
+    widest,
     winner,
 )
 from spin_hf.taps import Tap
@@ -177,6 +178,14 @@ def test_exact_ties_in_score_and_loss_go_to_fewer_features():
     labels = np.arange(20) % 2
     large, small = (make_candidate(1.0, size, loss=0.2, predictions=labels) for size in (9, 4))
     assert winner([large, small], accuracy, labels) is small
+
+
+def test_the_widest_has_the_most_features_whatever_it_scores():
+    best, wide = make_candidate(0.9, 5), make_candidate(0.6, 9)
+    assert widest([best, wide]) is wide
+    better, shallower = make_candidate(0.7, 9, depth=2), make_candidate(0.7, 9)
+    assert widest([best, better, wide]) is better
+    assert widest([better, shallower]) is shallower
 
 
 def test_no_single_probe_scores_more_than_the_winner():
