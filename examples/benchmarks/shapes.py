@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModel, GPT2Config, LlamaConfig, PreTrainedModel
 
 from spin_hf import SpinForSequenceClassification
+from spin_hf.attention import ATTENTION
 from spin_hf.features import FeatureGroup
 from spin_hf.spin_model import SpinModel
 from spin_hf.taps import Tap, tap_width
@@ -57,11 +58,21 @@ def make_classifier(
     """Have it read ``count`` random neurons of each tap up to ``depth``, each pooling, and run ``keep`` blocks."""
     spin, draw = model.spin, torch.Generator().manual_seed(0)
     taps = sorted((tap for tap in spin.taps if tap.block <= depth and tap.kind in kinds), key=lambda t: (t[1], t[0]))
-    groups = [FeatureGroup(tap, pooling, _chosen(spin, tap, count, draw)) for tap in taps for pooling in poolings]
+    groups = []
+    for tap in taps:
+        for pooling in poolings:
+            query = _query(spin, draw) if pooling == ATTENTION else None
+            groups.append(FeatureGroup(tap, pooling, _chosen(spin, tap, count, draw), query))
     size = sum(len(group.neurons) for group in groups)
     spin.set_features(groups, torch.zeros(size), torch.ones(size), depth=keep)
     model.set_head(torch.randn(2, size, generator=draw) / size**0.5, torch.zeros(2))
     return model.eval()
+
+
+def _query(spin: SpinModel, draw: torch.Generator) -> torch.Tensor:
+    """Of token weights, which weigh the states between blocks."""
+    width = spin.backbone.config.hidden_size
+    return torch.randn(width, generator=draw) / width**0.5
 
 
 def _chosen(spin: SpinModel, tap: Tap, count: int, draw: torch.Generator) -> torch.Tensor:

@@ -52,6 +52,7 @@ from spin_hf import SpinForSequenceClassification
 from spin_hf.calibration.extraction import encode, extract, plan_batches
 from spin_hf.calibration.losses import Logistic, Loss, Multinomial
 from spin_hf.calibration.paths import solve_paths
+from spin_hf.calibration.probes import standardise
 from spin_hf.calibration.recipe import Recipe
 from spin_hf.calibration.solver import PathPoint, smallest_useful_C, solve_path
 from spin_hf.calibration.store import FeatureStore
@@ -75,6 +76,7 @@ class Case:
     about: dict[str, Any]
     raw: Tensor
     x: Tensor
+    scale: Tensor  # that the columns of raw were divided by: 1 where they are constant
     labels: np.ndarray
     y: Tensor
     s: Tensor
@@ -235,7 +237,7 @@ def schedule(cases: Sequence[Case], jobs: int) -> dict[str, Any]:
     Cs, first = Recipe.make("paper").Cs, cases[0]
     assert not isinstance(Cs, int)
     clock = time.perf_counter if jobs > 1 or first.x.is_cuda else time.process_time
-    factors = [1 / case.raw.std(0, correction=0) for case in cases]
+    factors = [1 / case.scale for case in cases]
     if first.x.is_cuda:
         together(cases, factors, Cs)  # loads the libraries
     began = clock()
@@ -306,10 +308,11 @@ def cases(folder: Path, name: str, taps: Sequence[Tap], rows: int | None, model:
         y = torch.nn.functional.one_hot(torch.from_numpy(labels)).float()
     y, made = y.to(device), []
     for tap, raw in features(taps, [row["text"] for row in train], model, device).items():
-        x = (raw - raw.mean(0)) / raw.std(0, correction=0)
+        x = torch.empty_like(raw)
+        _, _, scale = standardise(raw, np.arange(len(raw)), np.arange(0), out=x)
         for loss in ["one-vs-rest", "multinomial"] if len(names) > 2 else ["logistic"]:
             about = {"set": name, "tap": str(tap), "loss": loss, "n": len(x), "d": x.shape[1], "classes": len(names)}
-            made.append(Case(about, raw, x, labels, y, torch.ones(len(x), 1, device=device), LOSSES[loss]))
+            made.append(Case(about, raw, x, scale, labels, y, torch.ones(len(x), 1, device=device), LOSSES[loss]))
     return made
 
 
