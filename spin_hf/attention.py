@@ -10,6 +10,7 @@ travels with them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class TokenWeights:
         for tap in queries:
             self._by_source.setdefault(source(tap), []).append(tap)
         self._queries, self._real = queries, mask.bool()
-        self._weights: dict[Tap, tuple[Tensor, Tensor]] = {}
+        self._scores: dict[Tap, Tensor] = {}  # of the tokens, (rows, tokens) float32
 
     def see(self, tap: Tap, values: Tensor) -> None:
         """Score the tokens by a tap's activations ``(rows, tokens, width)``, if it is the source of any.
@@ -67,41 +68,46 @@ class TokenWeights:
         served = self._by_source.get(tap)
         if not served:
             return
-        self._check(tap, values)
+        self.check(tap, values)
         with torch.autocast(values.device.type, enabled=False):
-            self._real = real = self._real.to(values.device)
-            queries = torch.stack([self._queries[each] for each in served]).to(values.device)
-            self.score(served, values, queries, real)
+            queries = [self._queries[each].to(values.device) for each in served]
+            self._scores.update(zip(served, self.score(values, torch.stack(queries)), strict=True))
 
-    def score(self, served: Sequence[Tap], values: Tensor, queries: Tensor, real: Tensor) -> None:
-        """Keep what the weights of these taps come from; their queries are ``(taps, width)``."""
-        scores = (values.float() @ queries.T).movedim(2, 0)
+    def score(self, values: Tensor, queries: Tensor) -> Tensor:
+        """Scores ``(queries, rows, tokens)`` of activations by queries ``(queries, width)``."""
+        return (values.float() @ queries.T).movedim(2, 0)
+
+    def of(self, taps: Sequence[Tap], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Weights of the tokens of some taps ``(taps, rows, tokens)``, of sum 1, and the logarithm of their normaliser
+        ``(taps, rows)``.
+        """
+        self._real = real = self._real.to(device)
+        scores = torch.stack([self._scores[tap].to(device) for tap in taps])
         scores = scores.masked_fill(~real, UNREAL)  # padding may hold NaN
-        weights, mass = scores.softmax(2).masked_fill(~real, 0.0), scores.logsumexp(2)
-        self._weights.update(zip(served, zip(weights, mass, strict=True), strict=True))
+        return scores.softmax(2).masked_fill(~real, 0.0), scores.logsumexp(2)
 
-    def of(self, tap: Tap) -> tuple[Tensor, Tensor]:
-        """Weights of a tap's tokens ``(rows, tokens)``, of sum 1, and the logarithm of their normaliser ``(rows,)``."""
-        return self._weights[tap]
-
-    def pool(self, tap: Tap, values: Tensor) -> Tensor:
-        """Averages of some neurons ``(rows, tokens, neurons)``, with a last column for :func:`join`:
-        ``(rows, neurons + 1)`` in float32.
+    def pool(self, taps: Sequence[Tap], values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Averages of some neurons ``(rows, tokens, neurons)`` of each of some taps on one device, with a last column
+        for :func:`join`: ``(rows, neurons + 1)`` in float32. A token without weight does not count, whatever it holds.
 
         Raises:
             PositionsError: where there is not one position for each token.
         """
-        self._check(tap, values)
-        weights, mass = (part.to(values.device) for part in self.of(tap))
-        with torch.autocast(values.device.type, enabled=False):
-            return torch.cat([self.average(values, weights), mass[:, None]], 1)
+        for tap, part in zip(taps, values, strict=True):
+            self.check(tap, part)
+        device, sizes = values[0].device, [part.shape[2] for part in values]
+        with torch.autocast(device.type, enabled=False):
+            weights, mass = self.of(taps, device)
+            unread = (weights == 0).all(0)  # padding, and what no tap gives weight to
+            filled = torch.cat([*values], 2).masked_fill(unread[..., None], 0.0).float()
+            # Every tap's weights times all neurons: cheaper than a call for each tap.
+            found, ends = weights.transpose(0, 1) @ filled, list(accumulate(sizes))
+            each = [found[:, i, end - size : end] for i, (size, end) in enumerate(zip(sizes, ends, strict=True))]
+            joined = [part for own, last in zip(each, mass, strict=True) for part in (own, last[:, None])]
+            return torch.cat(joined, 1).split_with_sizes([size + 1 for size in sizes], 1)
 
-    def average(self, values: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sums over the tokens ``(rows, neurons)``, float32, of all whose weight is not zero."""
-        filled = values.masked_fill(weights[..., None] == 0, 0.0).float()
-        return (weights[:, None] @ filled)[:, 0]
-
-    def _check(self, tap: Tap, values: Tensor) -> None:
+    def check(self, tap: Tap, values: Tensor) -> None:
+        """Raise :class:`PositionsError` where there is not one position for each token."""
         if values.shape[1] != self._real.shape[1]:
             raise cannot_weigh(tap, values.shape[1], self._real.shape[1])
 

@@ -76,9 +76,6 @@ class PoolingTogether:
         self._found[key] = [values] * len(poolings)
         parts = [values] if len(poolings) == 1 else values.split_with_sizes([count for _, count in poolings], -1)
         for place, ((pooling, _), part) in enumerate(zip(poolings, parts, strict=True)):
-            if pooling == ATTENTION:
-                self._found[key][place] = self._weights.pool(key, part)
-                continue
             self._waiting.setdefault(pooling, []).append((key, place, part))
         if not self._at_once:
             self._count += values.numel()
@@ -97,10 +94,15 @@ class PoolingTogether:
         with torch.autocast(self._mask.device.type, enabled=False):
             for pooling, waiting in self._waiting.items():
                 parts = [part for _, _, part in waiting]
-                values = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-                tokens = tokens or _Tokens(self._mask, values)
-                pooled = _pool_one(values, tokens, pooling)
-                split = [pooled] if len(parts) == 1 else pooled.split_with_sizes([part.shape[-1] for part in parts], -1)
+                split: Sequence[Tensor]
+                if pooling == ATTENTION:
+                    split = self._weights.pool([key for key, _, _ in waiting], parts)
+                else:
+                    values = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+                    tokens = tokens or _Tokens(self._mask, values)
+                    pooled = _pool_one(values, tokens, pooling)
+                    sizes = [part.shape[-1] for part in parts]
+                    split = [pooled] if len(parts) == 1 else pooled.split_with_sizes(sizes, -1)
                 for (key, place, _), own in zip(waiting, split, strict=True):
                     self._found[key][place] = own
         self._waiting, self._count = {}, 0

@@ -167,7 +167,8 @@ def main() -> None:
     if not arguments.model and not arguments.shape:
         arguments.shape = ["llama-1b", "gpt2-xl"] if on_gpu else ["minilm", "tiny"]
     names = " ".join([*(folder.rstrip("/").rpartition("/")[2] for folder in arguments.model), *arguments.shape])
-    results.report(arguments.record, f"Inference: {names}, {arguments.device}", measure(arguments))
+    pooled = "token weights, " if arguments.shape and "attention" in arguments.poolings else ""
+    results.report(arguments.record, f"Inference: {names}, {pooled}{arguments.device}", measure(arguments))
 
 
 if __name__ == "__main__":

@@ -292,7 +292,7 @@ class PooledWhole:
             return
         found = list(self._reduce(values, self._mask, self._plain).unbind(1)) if self._plain else []
         if ATTENTION in self._poolings and tap in self._wanted:
-            found.insert(self._poolings.index(ATTENTION), self._weights.pool(tap, values))
+            found.insert(self._poolings.index(ATTENTION), self._weights.pool([tap], [values])[0])
         self._found[tap] = found
 
     def finish(self) -> dict[Tap, list[Tensor]]:

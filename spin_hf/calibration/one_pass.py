@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..attention import TokenWeights
+from ..attention import UNREAL, TokenWeights
 from ..pooling import pool
 from ..taps import Tap
 
@@ -75,35 +75,28 @@ class TokenWeightsInOnePass(TokenWeights):
     their scores as they go.
     """
 
-    def __init__(self, queries: Mapping[Tap, Tensor], mask: Tensor) -> None:
-        super().__init__(queries, mask)
-        self._scores: dict[Tap, Tensor] = {}  # of the tokens, (rows, tokens) float32, where kernels do it
-
-    def score(self, served: Sequence[Tap], values: Tensor, queries: Tensor, real: Tensor) -> None:
+    def score(self, values: Tensor, queries: Tensor) -> Tensor:
+        real = self._real.to(values.device)
         if values.is_cpu or not _usable(values):
-            super().score(served, values, queries, real)
-            return
+            return super().score(values, queries).masked_fill(~real, UNREAL)
         from .triton_pooling import scores
 
-        self._scores.update(zip(served, scores(values, queries, real), strict=True))
+        return scores(values, queries, real)
 
-    def of(self, tap: Tap) -> tuple[Tensor, Tensor]:
-        if tap not in self._scores:
-            return super().of(tap)
-        scores = self._scores[tap]
-        return scores.softmax(1).masked_fill(~self._real.to(scores.device), 0.0), scores.logsumexp(1)
+    def pool(self, taps: Sequence[Tap], values: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [self._pool(tap, own) for tap, own in zip(taps, values, strict=True)]
 
-    def pool(self, tap: Tap, values: Tensor) -> Tensor:
-        if tap not in self._scores or not values.is_cuda:  # a backbone's parts may lie on different devices
-            return super().pool(tap, values)
+    def _pool(self, tap: Tap, values: Tensor) -> Tensor:
+        self.check(tap, values)
+        if values.is_cpu:
+            weights, mass = self.of([tap], values.device)
+            return torch.cat([_weighted_sum(values, weights[0]), mass[0][:, None]], 1)
+        if not (values.is_cuda and _has_triton()):
+            return super().pool([tap], [values])[0]
         from .triton_pooling import softmax_average
 
-        self._check(tap, values)
         values = values if _usable(values) else values.contiguous()
         return softmax_average(values, self._scores[tap].to(values.device))
-
-    def average(self, values: Tensor, weights: Tensor) -> Tensor:
-        return _weighted_sum(values, weights) if values.is_cpu else super().average(values, weights)
 
 
 def _usable(values: Tensor) -> bool:

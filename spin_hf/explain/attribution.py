@@ -205,14 +205,14 @@ class _Spread:
     def _weigh(self, tap: Tap, index: int, rows: slice, kept: Tensor) -> Tensor:
         assert self.weights is not None
         _, _, own = self.parts_of[tap][index]
-        weights, mass = (part.to(kept.device) for part in self.weights.of(tap))
+        weights, mass = (part[0] for part in self.weights.of([tap], kept.device))
         mean = self.mean[own].to(kept.device, _exact(kept.device))
         parts = (kept - mean).masked_fill(weights[..., None] == 0, 0.0) * weights[..., None]
         if self.plan is None:
             self._add(tap, rows, own, parts)
         else:  # only the end of the forward tells what the window's share of the text is
             self.kept.setdefault((tap, index), []).append(_Kept(rows, self._through(own, parts), mass))
-        return self.weights.pool(tap, kept)
+        return self.weights.pool([tap], [kept])[0]
 
     def _settle_weighted(self, tap: Tap, own: slice, kept: list[_Kept]) -> None:
         assert self.plan is not None

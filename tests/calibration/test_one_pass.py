@@ -56,7 +56,7 @@ def test_token_weights_are_the_plain_ones(device, dtype, width, neurons, lengths
     for tap, own in ((Tap("hidden", 0), hidden), (Tap("ffn", 1), values)):
         for weights in (found, plain):
             weights.see(tap, own)
-        torch.testing.assert_close(found.pool(tap, own), plain.pool(tap, own))
+        torch.testing.assert_close(found.pool([tap], [own])[0], plain.pool([tap], [own])[0])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -67,8 +67,8 @@ def test_a_state_that_is_no_number_is_seen_under_token_weights(device, wrong):
     found, plain = (kind({Tap("hidden", 0): torch.ones(8, device=device)}, mask) for kind in KINDS)
     for weights in (found, plain):
         weights.see(Tap("hidden", 0), states)
-    pooled = found.pool(Tap("hidden", 0), states)
-    torch.testing.assert_close(pooled, plain.pool(Tap("hidden", 0), states), equal_nan=True)
+    (pooled,) = found.pool([Tap("hidden", 0)], [states])
+    torch.testing.assert_close(pooled, plain.pool([Tap("hidden", 0)], [states])[0], equal_nan=True)
     assert bool(pooled[1].isnan().any()) == (wrong != -float("inf"))  # by which a token has no weight
     assert pooled[[0, 2]].isfinite().all()
 

@@ -69,7 +69,7 @@ def test_weights_are_a_softmax_over_the_real_tokens(seed, rows, tokens):
         weight = (states[row, mask[row]] @ query).softmax(0)
         expected.append(weight @ neurons[row, mask[row]])
     states[~mask], neurons[~mask] = torch.nan, torch.nan  # padding may hold anything
-    found = seen({FFN: query}, mask, {EMBEDDINGS: states}).pool(FFN, neurons)[:, :-1]
+    found = seen({FFN: query}, mask, {EMBEDDINGS: states}).pool([FFN], [neurons])[0][:, :-1]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -80,21 +80,21 @@ def test_tokens_that_are_no_positions_are_told(positions):
     with pytest.raises(PositionsError, match=f"hidden.0 has {positions} positions for 4 tokens"):
         seen(queries, mask, {EMBEDDINGS: torch.randn(2, positions, 5)})
     with pytest.raises(PositionsError, match=f"ffn.1 has {positions} positions for 4 tokens"):
-        seen(queries, mask, {EMBEDDINGS: torch.randn(2, 4, 5)}).pool(FFN, torch.randn(2, positions, 3))
+        seen(queries, mask, {EMBEDDINGS: torch.randn(2, 4, 5)}).pool([FFN], [torch.randn(2, positions, 3)])
 
 
 def test_a_query_of_zeros_is_the_mean():
     values, mask = torch.randn(3, 6, 4), torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0], [0] * 6])
-    found = seen({HIDDEN: torch.zeros(4)}, mask, {HIDDEN: values}).pool(HIDDEN, values)[:, :-1]
+    found = seen({HIDDEN: torch.zeros(4)}, mask, {HIDDEN: values}).pool([HIDDEN], [values])[0][:, :-1]
     torch.testing.assert_close(found, pool(values, mask, ["mean"])[:, 0])
     assert not found[2].any()  # no token at all
 
 
 def test_windows_join_to_what_one_row_gives():
     values, query = torch.randn(1, 12, 4), 3 * torch.randn(4)
-    whole = seen({HIDDEN: query}, torch.ones(1, 12), {HIDDEN: values}).pool(HIDDEN, values)[:, :-1]
+    whole = seen({HIDDEN: query}, torch.ones(1, 12), {HIDDEN: values}).pool([HIDDEN], [values])[0][:, :-1]
     windows, mask = values.reshape(3, 4, 4), torch.ones(3, 4)
-    parts = seen({HIDDEN: query}, mask, {HIDDEN: windows}).pool(HIDDEN, windows)
+    parts = seen({HIDDEN: query}, mask, {HIDDEN: windows}).pool([HIDDEN], [windows])[0]
     padded = torch.cat([parts, torch.full((1, 5), 9.0)])[None]
     torch.testing.assert_close(join(padded, torch.tensor([[True, True, True, False]])), whole, rtol=1e-5, atol=1e-5)
 
