@@ -35,7 +35,7 @@ from .ranks import Ranks, ending_together
 from .recipe import Preset, Recipe
 from .result import CalibrationResult
 from .selection import PREFERENCES, Prefer
-from .stages import conclude, probe_all, try_heads
+from .stages import conclude, probe_all, settle, try_heads
 from .store import required_bytes
 from .task import Metric, Task
 from .token_states import Texts, learning_rows, states_bytes, states_place
@@ -120,9 +120,11 @@ def spin_calibrate(
             - the text in the probes: every layer at the C in question (code: whichever C finished last);
             - neither in the solver: all solutions converge (code: SAGA stopped early).
         prefer: ``"score"``: the best score, candidates within half a paired standard error of it counting as tied and
-            going by their loss; ``"widest"``: the most features, then the best score; or ``"compact"``: the smallest
-            candidate within one standard error of the winner by score. The default is ``"score"``, and ``"widest"``
-            where fewer than 1,000 rows are cross-validated: the best of hundreds of scores on so few is mostly luck.
+            going by their loss; ``"compact"``: the smallest candidate within one standard error of that one; or
+            ``"widest"``: all that the probes keep, where that is no more than ``max_features`` (else ``"score"``);
+            without ``exits`` no other head is fitted. That is the default where fewer than 1,000 rows are
+            cross-validated, since the best of hundreds of scores on so few is mostly luck; elsewhere it is
+            ``"score"``. The settings of the result tell which it was.
         kinds: of ``hidden`` and ``ffn``; both by default.
         poolings: of ``mean``, ``max``, ``first``, ``last`` and ``attention``. The default, ``attention``, weighs the
             tokens: it learns one vector for each hidden tap, which the next block's FFN neurons share, from the labels,
@@ -284,7 +286,9 @@ def spin_calibrate(
                 probes = probe_all(taps, store, data, recipe, tol, fits, ranks, show)
             with clock("heads"):
                 fitter = HeadFitter(store, data, device, penalty=recipe.head)
-                tried, skipped = try_heads(fitter, probes, recipe, tried_depths, tol, fits, ranks, show)
+                prefer, whole = settle(prefer, probes, recipe, tried_depths)
+                only = None if exits else whole
+                tried, skipped = try_heads(fitter, probes, recipe, tried_depths, tol, fits, ranks, show, only=only)
                 choose = partial(conclude, fitter, tried, probes, prefer=prefer, tol=tol, seed=seed, last=last)
                 choice = ranks.on_main(choose)
             fitted = None

@@ -65,6 +65,15 @@ def _feasible(heads: HeadSet, etas: Sequence[float], most: int) -> tuple[list[fl
     return feasible, sizes, len({size for size in sizes.values() if size > most})
 
 
+def whole_set(sets: Sequence[HeadSet], probes: Sequence[Probe], etas: Sequence[float], most: int) -> HeadSet | None:
+    """The set that draws on all of these probes, if a head of no more than ``most`` features can have all it offers."""
+    for heads in sets:
+        feasible, _, skipped = _feasible(heads, etas, most)
+        if len(heads.probes) == len(probes) and feasible and not skipped:
+            return heads
+    return None
+
+
 @dataclass(frozen=True)
 class HeadFitter:
     """Fits heads on subsets of the stored features.
@@ -94,12 +103,18 @@ class HeadFitter:
     def _source(self) -> Readable:
         return self.shared or self.store
 
-    def fit(self, heads: HeadSet, *, etas: Sequence[float], max_features: int) -> tuple[list[Candidate], int]:
-        """A head for every eta that keeps something new and no more than ``max_features``; and how many keep more."""
+    def fit(
+        self, heads: HeadSet, *, etas: Sequence[float], max_features: int, widest: bool = False
+    ) -> tuple[list[Candidate], int]:
+        """A head for every eta that keeps something new and no more than ``max_features``; and how many keep more.
+
+        With ``widest`` only that of the most features.
+        """
         probes, depth = heads.probes, heads.depth
         feasible, sizes, skipped = _feasible(heads, etas, max_features)
         if not feasible:
             return [], skipped
+        feasible = feasible[-1:] if widest else feasible
         scores: dict[float, list[list[Tensor]]] = {eta: [] for eta in feasible}
         for fold, (rows, held_out) in enumerate(self.data.folds):
             for eta, held in self._fit_fold(Columns.of(probes, fold), feasible, depth, rows, held_out):

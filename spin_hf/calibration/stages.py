@@ -17,7 +17,7 @@ from .confidence import Confidence
 from .errors import CalibrationError
 from .fits import Fits
 from .halving import in_halves, is_out_of_memory, no_room_to_solve
-from .heads import HeadFitter, HeadSet, head_sets
+from .heads import HeadFitter, HeadSet, head_sets, whole_set
 from .probes import Labelled, Place, Probe, fit_probes, in_groups
 from .progress import Show
 from .ranks import Ranks
@@ -87,6 +87,21 @@ def _named(group: list[Place]) -> str:
     return f"probe.{tap}.{pooling}" + (f"+{others}" if others else "")
 
 
+def settle(
+    prefer: Prefer, probes: list[list[Probe]], recipe: Recipe, depths: list[int]
+) -> tuple[Prefer, HeadSet | None]:
+    """What is preferred after all; and where that is the widest head, what it draws on.
+
+    Where the probes keep too much for one head, or what may not be combined, it is the score.
+    """
+    if prefer != "widest":
+        return prefer, None
+    best = [ranked[0] for ranked in probes]
+    sets = [] if recipe.shared_C else head_sets(best, depths[-1:], combine=recipe.combine)
+    whole = whole_set(sets, best, recipe.etas, recipe.max_features)
+    return ("widest", whole) if whole else ("score", None)
+
+
 def try_heads(
     fitter: HeadFitter,
     probes: list[list[Probe]],
@@ -96,9 +111,14 @@ def try_heads(
     fits: Fits,
     ranks: Ranks,
     show: Show,
+    *,
+    only: HeadSet | None = None,
 ) -> tuple[list[Fitted], int]:
     """Every candidate with the probes it was selected by: heads on combined taps, and single probes; and how many more
     there would be, had they not too many features.
+
+    Args:
+        only: fit no head but that of the most features of these.
 
     Raises:
         CalibrationError: if all of them have too many features.
@@ -109,11 +129,11 @@ def try_heads(
         grids = [[probe for ranked in probes for probe in ranked if probe.C == C] for C in values]
 
     def fit(heads: HeadSet) -> tuple[list[Candidate], int]:
-        return fitter.fit(heads, etas=recipe.etas, max_features=recipe.max_features)
+        return fitter.fit(heads, etas=recipe.etas, max_features=recipe.max_features, widest=only is not None)
 
-    settings = recipe, tol, fitter.tol
+    settings = recipe, tol, fitter.tol, only is not None
     sets = [(grid, heads) for grid in grids for heads in head_sets(grid, depths, combine=recipe.combine)]
-    sets = sets if recipe.etas else []
+    sets = [(grids[0], only)] if only else sets if recipe.etas else []
     fitter = fitter.sharing([heads for _, heads in sets], etas=recipe.etas, max_features=recipe.max_features)
     with show.bar("Fitting heads", len(sets)) as advance:
         found = ranks.map(

@@ -55,7 +55,7 @@ def by_eta(result: CalibrationResult) -> Chart | None:
     for candidate in sorted(result.candidates, key=lambda c: c.rank):
         if candidate.eta is not None:
             best.setdefault((candidate.kind, candidate.pooling), {}).setdefault(candidate.eta, candidate)
-    if not best:
+    if len({eta for found in best.values() for eta in found}) < 2:
         return None
     return Chart(
         name="by-eta",

@@ -184,6 +184,8 @@ class Report:
 
     def _selection_note(self) -> str:
         tried, on = len(self.result.candidates), self.result.data["evaluated"]
+        if self.result.settings["prefer"] == "widest":
+            return "The classifier is the head of the most neurons, whatever it scores, so its score hardly flatters."
         how = f"by {on}" if "cross-validation" in on else f"on the {on} texts"
         return (
             f"The classifier was chosen from {tried:,} candidate{'s' * (tried != 1)} {how}, so its score there "

@@ -136,9 +136,17 @@ def test_of_few_rows_the_widest_candidate_is_taken(wrap, tokenizer, rows):
     few = spin_calibrate(model, tokenizer, rows, cv=3, **QUICK)
     by_score = spin_calibrate(scored, tokenizer, rows, cv=3, prefer="score", **QUICK)
     assert (few.settings["prefer"], by_score.settings["prefer"]) == ("widest", "score")
-    assert few.candidates == by_score.candidates
     assert few.chosen == few.best
-    assert few.chosen.num_features == max(c.num_features for c in few.candidates) == model.config.num_features
+    most = max(by_score.candidates, key=lambda c: c.num_features)
+    assert few.chosen.num_features == most.num_features == model.config.num_features
+    assert {c.name for c in few.candidates if c.probe is None} == {few.chosen.name}
+    assert {c.name for c in few.candidates if c.probe} == {c.name for c in by_score.candidates if c.probe}
+    with_exits = spin_calibrate(wrap(), tokenizer, rows, cv=3, exits=True, **QUICK)
+    assert with_exits.chosen.name == few.chosen.name
+    assert len(with_exits.candidates) == len(by_score.candidates)
+    limited = spin_calibrate(wrap(), tokenizer, rows, cv=3, max_features=most.num_features - 1, **QUICK)
+    assert limited.settings["prefer"] == "score"
+    assert len(limited.candidates) > len(few.candidates)
     assert by_score.chosen.num_features < few.chosen.num_features
     assert by_score.chosen.score >= few.chosen.score
 
