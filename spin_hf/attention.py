@@ -81,20 +81,24 @@ class TokenWeights:
         """Weights of the tokens of some taps ``(taps, rows, tokens)``, of sum 1, and the logarithm of their normaliser
         ``(taps, rows)``.
         """
-        self._real = real = self._real.to(device)
+        real = self._real.to(device)
         scores = torch.stack([self._scores[tap].to(device) for tap in taps])
         scores = scores.masked_fill(~real, UNREAL)  # padding may hold NaN
         return scores.softmax(2).masked_fill(~real, 0.0), scores.logsumexp(2)
 
     def pool(self, taps: Sequence[Tap], values: Sequence[Tensor]) -> Sequence[Tensor]:
         """Averages of some neurons ``(rows, tokens, neurons)`` of each of some taps on one device, with a last column
-        for :func:`join`: ``(rows, neurons + 1)`` in float32. A token without weight does not count, whatever it holds.
+        for :func:`join`: ``(rows, neurons + 1)`` in float32. A token without weight in any of them does not count,
+        whatever it holds.
 
         Raises:
             PositionsError: where there is not one position for each token.
         """
         for tap, part in zip(taps, values, strict=True):
             self.check(tap, part)
+        if len(taps) > 1 and torch.is_grad_enabled() and any(part.requires_grad for part in values):
+            # The gradient of a part of what is found together is as large as all of it.
+            return [self.pool([tap], [part])[0] for tap, part in zip(taps, values, strict=True)]
         device, sizes = values[0].device, [part.shape[2] for part in values]
         with torch.autocast(device.type, enabled=False):
             weights, mass = self.of(taps, device)

@@ -79,7 +79,9 @@ class PoolingTogether:
             self._waiting.setdefault(pooling, []).append((key, place, part))
         if not self._at_once:
             self._count += values.numel()
-        if self._at_once or self._count >= self._MOST.get(values.device.type, self._MOST_ELSEWHERE):
+        # Of taps under attention a number for each neuron and tap waits in the end: no more than for each token.
+        many = len(self._waiting.get(ATTENTION, ())) >= values.shape[1]
+        if self._at_once or many or self._count >= self._MOST.get(values.device.type, self._MOST_ELSEWHERE):
             self._pool()
 
     def finish(self) -> dict[Any, list[Tensor]]:

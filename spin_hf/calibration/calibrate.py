@@ -121,10 +121,12 @@ def spin_calibrate(
             - neither in the solver: all solutions converge (code: SAGA stopped early).
         prefer: ``"score"``: the best score, candidates within half a paired standard error of it counting as tied and
             going by their loss; ``"compact"``: the smallest candidate within one standard error of that one; or
-            ``"widest"``: all that the probes keep, where that is no more than ``max_features`` (else ``"score"``);
-            without ``exits`` no other head is fitted. That is the default where fewer than 1,000 rows are
-            cross-validated, since the best of hundreds of scores on so few is mostly luck; elsewhere it is
-            ``"score"``. The settings of the result tell which it was.
+            ``"widest"``: one head, of the largest eta at the greatest depth, on all that the probes keep. Without
+            ``exits`` no other is fitted. Where that is more than ``max_features``, and where a preset may not
+            combine, it becomes ``"score"``; the settings of the result tell. It is the default where fewer than
+            1,000 rows are cross-validated, since the best of hundreds of scores on so few is mostly luck; elsewhere
+            that is ``"score"``. (Of so few rows a neuron's variance counts as that of the rows and of ten more of the
+            layer's median, as one that hardly moves in them may be a hundred times as high in the next text.)
         kinds: of ``hidden`` and ``ffn``; both by default.
         poolings: of ``mean``, ``max``, ``first``, ``last`` and ``attention``. The default, ``attention``, weighs the
             tokens: it learns one vector for each hidden tap, which the next block's FFN neurons share, from the labels,
@@ -235,7 +237,7 @@ def spin_calibrate(
         if cache_dir is not None or ranks.count > 1:
             key = fingerprint(model.spin, encoded, read, recipe.poolings, batch_tokens)
         ranks.agree(
-            (key, data.fingerprint(), asdict(recipe)),
+            (key, data.fingerprint(), asdict(recipe), prefer, bool(exits)),
             "The processes of this launch don't hold the same backbone, texts, labels and options. Load and shuffle "
             "alike in all of them, with a seed.",
         )
@@ -286,7 +288,7 @@ def spin_calibrate(
                 probes = probe_all(taps, store, data, recipe, tol, fits, ranks, show)
             with clock("heads"):
                 fitter = HeadFitter(store, data, device, penalty=recipe.head)
-                prefer, whole = settle(prefer, probes, recipe, tried_depths)
+                prefer, whole = settle(prefer, probes, recipe, tried_depths, show)
                 only = None if exits else whole
                 tried, skipped = try_heads(fitter, probes, recipe, tried_depths, tol, fits, ranks, show, only=only)
                 choose = partial(conclude, fitter, tried, probes, prefer=prefer, tol=tol, seed=seed, last=last)

@@ -26,7 +26,7 @@ class CalibrationResult:
 
     Attributes:
         chosen: the candidate written into the model.
-        best: the winner; another than ``chosen`` only with ``prefer="compact"``.
+        best: the winner by score, or the widest; another than ``chosen`` only with ``prefer="compact"``.
         candidates: all that were tried, highest score first.
         baselines: score of ``"last layer"`` (a dense head on the last block, after the final norm where there is one)
             and of ``"best probe"`` (within the limits on features and depth, where there is one).

@@ -189,8 +189,8 @@ def winner(candidates: Sequence[Candidate], score: Metric, labels: np.ndarray, *
 
 
 def widest(candidates: Sequence[Candidate]) -> Candidate:
-    """The candidate of the most features, of several the best."""
-    return min(candidates, key=lambda c: (-c.num_features, c.rank))
+    """The head of the most features, of several the deepest; single probes don't count."""
+    return max((c for c in candidates if c.probe is None), key=lambda c: (c.num_features, c.depth))
 
 
 def smallest_within_error(

@@ -88,7 +88,7 @@ def _named(group: list[Place]) -> str:
 
 
 def settle(
-    prefer: Prefer, probes: list[list[Probe]], recipe: Recipe, depths: list[int]
+    prefer: Prefer, probes: list[list[Probe]], recipe: Recipe, depths: list[int], show: Show
 ) -> tuple[Prefer, HeadSet | None]:
     """What is preferred after all; and where that is the widest head, what it draws on.
 
@@ -99,7 +99,10 @@ def settle(
     best = [ranked[0] for ranked in probes]
     sets = [] if recipe.shared_C else head_sets(best, depths[-1:], combine=recipe.combine)
     whole = whole_set(sets, best, recipe.etas, recipe.max_features)
-    return ("widest", whole) if whole else ("score", None)
+    if whole:
+        return "widest", whole
+    show.say("The probes keep too much for one head, or what may not be combined: the score decides.")
+    return "score", None
 
 
 def try_heads(
@@ -177,7 +180,7 @@ class Final:
 
 @dataclass(frozen=True)
 class Conclusion:
-    """The choice: its head, the winner by score alone, all candidates, best first. No ``confidence`` for regression."""
+    """The choice: its head, the winner by score or width, all candidates, best first. Regression has no confidence."""
 
     final: Final
     best: Candidate

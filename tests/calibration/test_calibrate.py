@@ -151,6 +151,21 @@ def test_of_few_rows_the_widest_candidate_is_taken(wrap, tokenizer, rows):
     assert by_score.chosen.score >= few.chosen.score
 
 
+@pytest.mark.parametrize("options", [{"etas": [0.2]}, {"etas": [0.1]}, {"etas": [0.1], "max_features": 10}])
+def test_the_widest_head_is_taken_and_no_probe(wrap, tokenizer, rows, options):
+    result = spin_calibrate(wrap(), tokenizer, rows, cv=3, **{**QUICK, **options})
+    assert result.settings["prefer"] == "widest"
+    assert [c.name for c in result.candidates if c.probe is None] == [result.chosen.name]
+
+
+@pytest.mark.parametrize("options", [{"etas": []}, {"preset": "paper", "Cs": [0.5]}])
+def test_a_wish_for_the_widest_that_can_not_be_met_is_told(wrap, tokenizer, rows, capsys, options):
+    options = {**QUICK, **options, "progress": True}
+    result = spin_calibrate(wrap(), tokenizer, rows, cv=3, prefer="widest", **options)
+    assert result.settings["prefer"] == "score"
+    assert "the score decides" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(("options", "found"), [({"cv": 3}, "widest"), ({"validation_fraction": 0.2}, "score")])
 def test_what_is_preferred_is_told(wrap, tokenizer, rows, monkeypatch, options, found):
     few = {"Cs": [0.5], "etas": [1.0], "kinds": ["hidden"], "poolings": ["mean"], "max_depth": 1, "progress": False}
@@ -359,7 +374,8 @@ def test_limits_hold_and_compact_is_smaller(wrap, tokenizer, rows):
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_candidates_with_too_many_features_are_counted(wrap, tokenizer, rows, preset):
-    options = {"progress": False, "preset": preset, "kinds": ["hidden"], "poolings": ["mean"], "Cs": [0.1, 1.0]}
+    options = {"preset": preset, "prefer": "score", "kinds": ["hidden"], "poolings": ["mean"], "Cs": [0.1, 1.0]}
+    options["progress"] = False
     every = spin_calibrate(wrap(), tokenizer, rows, **options)
     assert every.skipped == 0
     assert "left out" not in str(every)

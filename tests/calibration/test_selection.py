@@ -183,9 +183,9 @@ def test_exact_ties_in_score_and_loss_go_to_fewer_features():
 def test_the_widest_has_the_most_features_whatever_it_scores():
     best, wide = make_candidate(0.9, 5), make_candidate(0.6, 9)
     assert widest([best, wide]) is wide
-    better, shallower = make_candidate(0.7, 9, depth=2), make_candidate(0.7, 9)
-    assert widest([best, better, wide]) is better
-    assert widest([better, shallower]) is shallower
+    deeper = make_candidate(0.5, 9, depth=2)
+    assert widest([best, wide, deeper]) is deeper
+    assert widest([make_candidate(1.0, 20, probe="ffn.1"), wide]) is wide
 
 
 def test_no_single_probe_scores_more_than_the_winner():

@@ -399,3 +399,39 @@ def test_few_rows_have_as_many_folds_as_the_rarest_class_has_rows():
     rows = {name: [column[row] for row in kept] for name, column in rows.items()}
     quick = {"kinds": ["hidden"], "Cs": 2, "etas": [1.0], "max_depth": 1, "poolings": None}
     assert calibrate(rows, **quick)[2].data["evaluated"] == "3-fold cross-validation"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_taps_that_are_pooled_together_are_pooled_as_alone(dtype):
+    taps, draw = [Tap("hidden", 0), Tap("ffn", 1), Tap("hidden", 1)], torch.Generator().manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+    values = {
+        tap: torch.randn(3, 5, width, generator=draw).to(dtype) for tap, width in zip(taps, (4, 7, 4), strict=True)
+    }
+    for own in values.values():
+        own[~mask.bool()] = float("nan")
+    weights = TokenWeights({tap: torch.randn(4, generator=draw) for tap in taps}, mask)
+    for tap in (taps[0], taps[2]):
+        weights.see(tap, values[tap])
+    together = weights.pool(taps, list(values.values()))
+    for tap, found in zip(taps, together, strict=True):
+        torch.testing.assert_close(found, weights.pool([tap], [values[tap]])[0])
+        assert found.shape == (3, values[tap].shape[2] + 1)
+        assert found.isfinite().all()
+
+
+def test_gradients_of_taps_together_are_those_of_each_alone():
+    taps, draw = [Tap("hidden", 0), Tap("hidden", 1)], torch.Generator().manual_seed(0)
+    mask = torch.ones(2, 6)
+    queries = {tap: torch.randn(4, generator=draw) for tap in taps}
+    grads = []
+    for together in (True, False):
+        values = [torch.randn(2, 6, 4, generator=draw.manual_seed(7 + i)).requires_grad_() for i in range(2)]
+        weights = TokenWeights(queries, mask)
+        for tap, own in zip(taps, values, strict=True):
+            weights.see(tap, own)
+        parts = zip(taps, values, strict=True)
+        found = weights.pool(taps, values) if together else [weights.pool([tap], [own])[0] for tap, own in parts]
+        sum(part.square().sum() for part in found).backward()
+        grads.append([own.grad for own in values])
+    torch.testing.assert_close(grads[0], grads[1])
