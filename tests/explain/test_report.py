@@ -284,11 +284,19 @@ def test_what_its_words_say_is_written_below_each_example(page, evaluated):
 
 
 def test_cross_validation_is_called_so(make):
-    made = make(builders.make_sentiment_rows(40), validation_fraction=None, cv=3)
+    made = make(builders.make_sentiment_rows(40), validation_fraction=None, cv=3, prefer="score")
     page = Parsed(Report("folds", made.result).html())
     assert "by 3-fold cross-validation, so its score there flatters" in page.text
     assert "validation texts" not in page.text.replace("3-fold cross-validation", "")
     assert "(3-fold cross-validation)" in page.text
+
+
+def test_the_head_of_a_few_texts_is_not_called_chosen(make):
+    made = make(builders.make_sentiment_rows(40), validation_fraction=None, cv=3)
+    page = Parsed(Report("folds", made.result).html())
+    assert "whatever it scores, so its score hardly flatters" in page.text
+    assert "was chosen from" not in page.text
+    assert "How much of the salience is needed" not in page.text  # one eta
 
 
 def test_surrogates_are_no_text_of_a_file():

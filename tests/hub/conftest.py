@@ -24,7 +24,13 @@ def made(backbone_folder) -> Callable[..., Path]:
     """``made(folder, **options)``: a calibrated classifier with tokenizer and record, saved to a folder."""
 
     def make(
-        folder: Path, *, rows: dict | None = None, backbone: str | None = None, exits: bool = False, **options: object
+        folder: Path,
+        *,
+        rows: dict | None = None,
+        backbone: str | None = None,
+        exits: bool = False,
+        calibrate: dict | None = None,
+        **options: object,
     ) -> Path:
         tokenizer = builders.make_tokenizer()
         model = SpinForSequenceClassification.from_backbone(backbone or backbone_folder, **options)
@@ -36,6 +42,7 @@ def made(backbone_folder) -> Callable[..., Path]:
             "etas": [0.5],
             "validation_fraction": 0.2,
             "progress": False,
+            **(calibrate or {}),
         }
         result = spin_calibrate(model, tokenizer, data, exits=exits, **settings)
         model.save_pretrained(folder)

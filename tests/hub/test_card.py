@@ -250,6 +250,15 @@ def test_other_tasks_have_their_own_words(made, tmp_path, problem):
     assert ModelCard(text).data.metrics == (["f1"] if multi else ["r_squared"])
 
 
+@pytest.mark.parametrize("prefer", ["widest", "score"])
+def test_a_score_that_chose_nothing_is_not_said_to_flatter(made, tmp_path, prefer):
+    folder = made(tmp_path / "m", calibrate={"validation_fraction": None, "cv": 3, "prefer": prefer})
+    text = " ".join(write_card(folder).read_text(encoding="utf-8").split())
+    assert ("is the head of the most neurons, whatever it scores" in text) == (prefer == "widest")
+    assert ("that it was scored on (3-fold cross-validation)" in text) == (prefer == "widest")
+    assert ("candidates on these very texts, so it flatters" in text) == (prefer == "score")
+
+
 def test_exits_are_listed(made, tmp_path):
     folder = made(tmp_path / "films", labels=["bad", "good"], exits=True)
     result = CalibrationResult.load(folder / "calibration.json")
