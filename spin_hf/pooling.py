@@ -77,12 +77,15 @@ class PoolingTogether:
         parts = [values] if len(poolings) == 1 else values.split_with_sizes([count for _, count in poolings], -1)
         for place, ((pooling, _), part) in enumerate(zip(poolings, parts, strict=True)):
             self._waiting.setdefault(pooling, []).append((key, place, part))
-        if not self._at_once:
-            self._count += values.numel()
-        # Of taps under attention a number for each neuron and tap waits in the end: no more than for each token.
-        many = len(self._waiting.get(ATTENTION, ())) >= values.shape[1]
-        if self._at_once or many or self._count >= self._MOST.get(values.device.type, self._MOST_ELSEWHERE):
+        if self._at_once or self._enough(values):
             self._pool()
+
+    def _enough(self, values: Tensor) -> bool:
+        self._count += values.numel()
+        if self._count >= self._MOST.get(values.device.type, self._MOST_ELSEWHERE):
+            return True
+        # Under attention each tap's weights meet all neurons that wait: no more than one result for each token.
+        return len(self._waiting.get(ATTENTION, ())) >= values.shape[1]
 
     def finish(self) -> dict[Any, list[Tensor]]:
         """For each tap ``(batch, neurons)`` of each of its poolings, in float32; one column more under attention."""
