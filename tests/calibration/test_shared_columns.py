@@ -37,7 +37,9 @@ def test_it_reads_what_the_store_reads(store):
     np.testing.assert_array_equal(shared.read(TAPS[0], "max", np.array([0, 5])), store.read(TAPS[0], "max")[:, [0, 5]])
 
 
-@pytest.mark.parametrize("options", [{}, {"cv": 2}, {"preset": "paper", "Cs": [0.1, 1.0], "etas": None}])
+@pytest.mark.parametrize(
+    "options", [{}, {"cv": 2, "prefer": "score"}, {"preset": "paper", "Cs": [0.1, 1.0], "etas": None}]
+)
 def test_a_calibration_reads_each_tap_for_its_heads_once(
     options, bert_backbone, tokenizer, sentiment_rows, monkeypatch
 ):
@@ -49,9 +51,9 @@ def test_a_calibration_reads_each_tap_for_its_heads_once(
             reads[tap, pooling] += 1
         return read(store, tap, pooling, columns)
 
-    def staged(*arguments, run=calibrate.try_heads):
+    def staged(*arguments, run=calibrate.try_heads, **options):
         stage.append(1)
-        tried = run(*arguments)
+        tried = run(*arguments, **options)
         stage.clear()
         return tried
 
