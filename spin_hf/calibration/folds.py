@@ -15,7 +15,7 @@ from .data import Rows, encode_labels, label_names, read_rows
 from .errors import CalibrationError, MissingLabelsError, demand_between, demand_whole
 from .sources import training_splits
 
-# Of fewer, folds choose better than a part held out, and the widest candidate is better than the one of the best score:
+# Of fewer, folds choose better than a part held out, and the widest head is mostly better than that of the best score:
 # examples/README.md, "With a few labels".
 FEW_ROWS = 1000
 _FOLDS, _FRACTION = 5, 0.2
