@@ -34,7 +34,7 @@ from .quantization import is_quantized as is_quantized
 from .readers import Gathering as Gathering
 from .spin_model import SpinModel
 from .structure import find_layout
-from .taps import model_device
+from .taps import is_read, model_device
 from .trust import CheckpointError as CheckpointError
 from .windows import Windows as Windows
 
@@ -93,7 +93,8 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
 
         Raises:
             ValueError: for labels that contradict ``num_labels`` or the problem type, a loaded model of a class that
-                could not be rebuilt from its config, or a repository with code of its own without trust.
+                could not be rebuilt from its config or that is part of a calibrated classifier, or a repository with
+                code of its own without trust.
             TapError: if no blocks are found.
         """
         problem_type = problem_type or "single_label_classification"
@@ -121,6 +122,11 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
             revision = pinned_revision(source, kwargs)
         if isinstance(model, SpinPreTrainedModel):
             raise ValueError(f"{source or type(model).__name__} is a SPIN model already; load it with from_pretrained.")
+        if is_read(backbone):
+            raise ValueError(
+                "This backbone is part of a calibrated classifier, which removed blocks from it. Load it anew for "
+                "another; to share one in memory, pass it to from_pretrained(head_only_folder, backbone=...)."
+            )
         model = text_part(model, stacks)
         check_rebuilds(model, stacks)
         if source is not None and os.path.isdir(source):

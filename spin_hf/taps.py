@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
@@ -116,10 +116,19 @@ def attach(backbone: nn.Module, layout: Layout, taps: Sequence[Tap]) -> list[Rem
 
 def remove_hooks(backbone: nn.Module) -> None:
     """Take the reading hooks off a copy of a backbone, which came with it."""
+    for hooks in _all_hooks(backbone):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Read)]:
+            del hooks[key]
+
+
+def is_read(backbone: nn.Module) -> bool:
+    """Whether a calibrated classifier reads this backbone."""
+    return any(isinstance(hook, _Read) for hooks in _all_hooks(backbone) for hook in hooks.values())
+
+
+def _all_hooks(backbone: nn.Module) -> Iterator[dict[int, Any]]:
     for module in backbone.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Read)]:
-                del hooks[key]
+        yield from (module._forward_hooks, module._forward_pre_hooks)
 
 
 class _Read:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import results
@@ -118,34 +120,28 @@ def _wait(device: str) -> None:
 
 
 @torch.no_grad()
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name, model in classifiers(arguments):
         head = native(model, arguments.device)
-        for size in arguments.batch:
-            for tokens in arguments.tokens:
-                batch = batch_of(size, tokens, model, arguments.device)
-                for mode in arguments.modes:
-                    calls = [
-                        each if mode == "eager" else torch.compile(each, fullgraph=True, mode="reduce-overhead")
-                        for each in (model, head)
-                    ]
-                    runs = [lambda call=call, batch=batch: call(**batch).logits for call in calls]
-                    count = [operations(run) for run in runs] if mode == "eager" else ["", ""]
-                    rows.append(
-                        {
-                            "backbone": name,
-                            "blocks": model.spin.depth,
-                            "features": model.config.num_features,
-                            "taps": len(model.spin.groups),
-                            "dtype": arguments.dtype,
-                            "batch": [size, tokens],
-                            "mode": mode,
-                            **compare(*runs, device=arguments.device, seconds=arguments.seconds),
-                            "operations": dict(zip(("spin", "native"), count, strict=True)),
-                        }
-                    )
-    return rows
+        for mode, size, tokens in product(arguments.modes, arguments.batch, arguments.tokens):
+            batch = batch_of(size, tokens, model, arguments.device)
+            calls = [
+                each if mode == "eager" else torch.compile(each, fullgraph=True, mode="reduce-overhead")
+                for each in (model, head)
+            ]
+            runs = [lambda call=call, batch=batch: call(**batch).logits for call in calls]
+            count = [operations(run) for run in runs] if mode == "eager" else ["", ""]
+            yield {
+                "backbone": name,
+                "blocks": model.spin.depth,
+                "features": model.config.num_features,
+                "taps": len(model.spin.groups),
+                "dtype": arguments.dtype,
+                "batch": [size, tokens],
+                "mode": mode,
+                **compare(*runs, device=arguments.device, seconds=arguments.seconds),
+                "operations": dict(zip(("spin", "native"), count, strict=True)),
+            }
 
 
 def main() -> None:

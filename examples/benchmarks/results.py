@@ -17,7 +17,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,13 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def report(path: Path | None, name: str, rows: Rows) -> None:
-    """Print the rows as lines of JSON, and :func:`write_section`."""
+def report(path: Path | None, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Print each row as a line of JSON once it is there, and :func:`write_section` of all so far."""
+    found: list[Mapping[str, Any]] = []
     for row in rows:
+        found.append(row)
         print(json.dumps(row), flush=True)
-    write_section(path, name, rows)
+        write_section(path, name, found)  # the next may take long
 
 
 def write_section(path: Path | None, name: str, rows: Rows) -> None:

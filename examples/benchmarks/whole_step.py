@@ -12,7 +12,6 @@ forward, divided by the forward; the stages are divided by it likewise. On a CPU
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import sys
@@ -214,12 +213,9 @@ def main() -> None:
     if not given.shape and given.data is None:
         parser.error("give --data with the data sets, or --shape for random weights")
     names = " ".join(given.shape or [given.model.name if given.model else "MiniLM", "on", *given.set])
-    rows: list[dict[str, Any]] = []
-    for each in given.shape or given.set:
-        row = made(each, given) if given.shape else real(each, given)
-        rows.append({**row, "dtype": given.dtype, "batch tokens": given.batch_tokens})
-        print(json.dumps(rows[-1]), flush=True)
-        results.write_section(given.record, f"Whole step: {names}, {given.device}", rows)  # the next may take long
+    found = (made(each, given) if given.shape else real(each, given) for each in given.shape or given.set)
+    rows = ({**row, "dtype": given.dtype, "batch tokens": given.batch_tokens} for row in found)
+    results.report(given.record, f"Whole step: {names}, {given.device}", rows)
 
 
 if __name__ == "__main__":

@@ -218,31 +218,38 @@ def _reduced(values: Tensor, starts: np.ndarray) -> Tensor:
     return torch.cat([high, low, soft], 1)
 
 
-def all_features(t: Trial, directions: int = 1536) -> Outcome:
-    """L2 on the leading principal directions of all mean and max features: what is left out is shrunk anyway."""
+def all_features(t: Trial, directions: int = 1536, *, attended: bool = False) -> Outcome:
+    """L2 on the leading principal directions of all features: what is left out is shrunk anyway.
 
-    def make() -> Outcome:
-        parts = []
-        for features in t.places().values():
-            x = features(0)
-            parts.append(((x - x.mean(0)) / x.std(0).clamp_min(1e-6)).half())
-        x = torch.cat(parts, 1)
-        n = len(x)
-        kernel = torch.zeros(n, n, device=t.device)
-        for start in range(0, x.shape[1], 2048):
-            own = x[:, start : start + 2048].float().to(t.device)
-            kernel += own @ own.T
-        values, vectors = torch.linalg.eigh(kernel / x.shape[1])
+    Args:
+        directions: at most so many.
+        attended: the features under token weights, which each fold learns for itself; else mean and max.
+    """
+
+    def project(fold: int) -> Tensor:
+        parts, n = places.values(), len(t.folds.labels)
+        kernel, width = torch.zeros(n, n, device=t.device), 0
+        for features in parts:
+            x = features(fold).to(t.device).float()
+            x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
+            kernel += x @ x.T
+            width += x.shape[1]
+        values, vectors = torch.linalg.eigh(kernel / width)
         count = min(directions, n // 2)
         # Logits of a prior on all weights: each direction keeps its own scale.
-        own = (vectors[:, -count:] * values[-count:].clamp_min(0).sqrt()).cpu() * count**0.5
-        return head(t.folds, [own] * FOLDS)
+        return (vectors[:, -count:] * values[-count:].clamp_min(0).sqrt()).cpu() * count**0.5
 
-    return t.keep("all", make)
+    def make() -> Outcome:
+        return head(t.folds, [project(fold) for fold in range(FOLDS)] if attended else [project(0)] * FOLDS)
+
+    places = t.attended() if attended else t.places()
+    return t.keep(f"all {attended}", make)
 
 
-def average(t: Trial) -> Outcome:
-    return Outcome((t.base().scores + all_features(t).scores) / 2, t.base().features)
+def average(t: Trial, *, attended: bool = False) -> Outcome:
+    """Half the scores of the selected head and half of those of :func:`all_features`."""
+    selected = t.selector.fit(t.attended()) if attended else t.base()
+    return Outcome((selected.scores + all_features(t, attended=attended).scores) / 2, selected.features)
 
 
 def stacking(t: Trial) -> Outcome:
@@ -292,6 +299,8 @@ LEVERS: dict[str, Callable[[Trial], Outcome]] = {
     "attn": lambda t: t.selector.fit(t.places((*t.kinds, "attn"))),
     "all features": all_features,
     "average": average,
+    "attention only, all features": lambda t: all_features(t, attended=True),
+    "attention only, average": lambda t: average(t, attended=True),
     "stacking": stacking,
     "fewer rows": fewer_rows,
     "last token": lambda t: t.selector.fit(t.last(PLAIN)),

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from .jump import Elastic, jump
 from .losses import Loss
+from .replay import Replay
 from .solver import balance
 
 _CHECK_EVERY = 25  # steps between two looks at the gaps
 _PLAIN_STEPS = 100  # after which what is not solved is ill-conditioned: jumps pay
 _PATIENCE = 20  # looks without a better gap anywhere after which rounding is taken to be the limit
 _POWER_ROUNDS = 30
-_LEAST_WIDTH = 2048  # features up to which all are read in every step
+_LEAST_WIDTH = 1024  # features up to which all are read in every step
 _LEAST_WORKING = 512
 _MOST_ROUNDS = 20
 # Features and rows times features (benchmarks/together.py), and that times outputs, of what a CPU too solves together.
@@ -200,8 +201,7 @@ def solve_together(
         if steps >= _PLAIN_STEPS:
             for row, column in left.nonzero().tolist():
                 batch.jump(state, penalty, balanced, row, column)
-        for _ in range(_CHECK_EVERY):
-            state = batch.step(state, penalty)
+        state = batch.advance(state, penalty, _CHECK_EVERY)
         steps += _CHECK_EVERY
 
 
@@ -270,8 +270,11 @@ class _State:
     def begin(cls, weight: Tensor, intercept: Tensor) -> _State:
         return cls(weight, intercept, weight, intercept, torch.ones_like(intercept))
 
+    def parts(self) -> list[Tensor]:
+        return list(vars(self).values())
+
     def take(self, rows: Tensor, columns: Tensor) -> _State:
-        return _State(*(_take(part, rows, columns) for part in vars(self).values()))
+        return _State(*(_take(part, rows, columns) for part in self.parts()))
 
 
 class _Batch:
@@ -279,6 +282,7 @@ class _Batch:
         self.x, self.loss = x, loss
         self.y, self.s = y.double().to(x.device), s.double().to(x.device)
         self.targets, self.row_weights = self.y.to(x.dtype)[:, None], self.s.to(x.dtype)[:, None]  # (n, 1, K)
+        self._recorded: tuple[Penalty, Replay] | None = None
 
     def take(self, rows: Tensor) -> _Batch:
         if len(rows) == len(self.x):
@@ -311,6 +315,18 @@ class _Batch:
         gradient: Tensor = torch.bmm(self.x.mT, residual.flatten(2)).unflatten(2, residual.shape[2:])
         return gradient
 
+    def advance(self, state: _State, penalty: Penalty, count: int) -> _State:
+        """The state after so many steps; on a GPU it changes with the next ones."""
+        if not self.x.is_cuda:
+            for _ in range(count):
+                state = self.step(state, penalty)
+            return state
+        if self._recorded is None or self._recorded[0] is not penalty:
+            self._recorded = None  # its memory goes first
+            state, count = self.step(state, penalty), count - 1
+            self._recorded = penalty, Replay(lambda values: self.step(_State(*values), penalty).parts(), state.parts())
+        return _State(*self._recorded[1](state.parts(), count))
+
     def step(self, state: _State, penalty: Penalty) -> _State:
         step = 1.0 / self.bound
         residual = self.loss.residual(self.scores(state.ahead) + state.ahead_intercept, self.targets, self.row_weights)
@@ -336,27 +352,19 @@ class _Batch:
         state.momentum[row, 0, column] = 1.0
 
     def certify(self, weight: Tensor, intercept: Tensor, penalty: Penalty) -> tuple[Tensor, Tensor, Tensor]:
-        """Objective ``(B, C)``, relative gap ``(B, C)`` and the best intercepts ``(B, C, K)``, one tap at a time."""
-        objectives, gaps, balanced = [], [], []
-        everything = torch.arange(weight.shape[2], device=weight.device)
-        for i in range(len(weight)):
-            one = torch.tensor([i], device=weight.device)
-            part, x = penalty.take(one, everything), self.x[i : i + 1]
-            z = torch.bmm(x, weight[one].flatten(2)).unflatten(2, weight.shape[2:]).permute(0, 2, 1, 3).double()
-            best = balance(self.loss, z, intercept[i].double(), self.y, self.s)
-            z = z + best[..., None, :]
-            residual = self.loss.residual(z, self.y, self.s)  # (1, C, n, K)
-            flat = residual.permute(0, 2, 1, 3).to(x.dtype)
-            gradient = torch.bmm(x.mT, flat.flatten(2)).unflatten(2, flat.shape[2:])
-            scale = part.scale(gradient, coupled=self.loss.coupled)
-            primal = self.loss.value(z, self.y, self.s) + part.value(weight[one])
-            dual = self.loss.dual(residual * scale[..., None, :], self.y, self.s) - part.conjugate(gradient)
-            if self.loss.coupled:
-                primal, dual = primal.sum(-1, keepdim=True), dual.sum(-1, keepdim=True)
-            gaps.append(((primal - dual).clamp_min(0) / primal.clamp_min(1e-300)).amax(-1))
-            objectives.append(primal.sum(-1))
-            balanced.append(best)
-        return torch.cat(objectives), torch.cat(gaps), torch.cat(balanced)
+        """Objective ``(B, C)``, relative gap ``(B, C)`` and the best intercepts ``(B, C, K)``."""
+        z = self.scores(weight).permute(0, 2, 1, 3).double()  # (B, C, n, K)
+        best = balance(self.loss, z, intercept[:, 0].double(), self.y, self.s)
+        z = z + best[..., None, :]
+        residual = self.loss.residual(z, self.y, self.s)
+        gradient = self.pull(residual.permute(0, 2, 1, 3).to(weight.dtype))
+        scale = penalty.scale(gradient, coupled=self.loss.coupled)
+        primal = self.loss.value(z, self.y, self.s) + penalty.value(weight)
+        dual = self.loss.dual(residual * scale[..., None, :], self.y, self.s) - penalty.conjugate(gradient)
+        if self.loss.coupled:
+            primal, dual = primal.sum(-1, keepdim=True), dual.sum(-1, keepdim=True)
+        gap = (primal - dual).clamp_min(0) / primal.clamp_min(1e-300)
+        return primal.sum(-1), gap.amax(-1), best
 
     def solutions(self, weight: Tensor, intercept: Tensor | None, penalty: Penalty) -> Solutions:
         """These weights ``(B, C, K, d)`` as they are, certified."""

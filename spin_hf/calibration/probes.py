@@ -78,9 +78,9 @@ class Labelled:
     def held_out_loss(self, scores: Sequence[Tensor]) -> float:
         """Mean loss on the evaluation rows: smoother than the metric, for choices between near equals."""
         rows = self.eval_rows
-        joined = torch.cat(list(scores)).double().cpu()
-        total = self.task.loss.value(joined, self.targets[rows].double(), self.weights[rows].double()).sum()
-        return float(total / self.weights[rows].double().mean(1).sum())
+        joined = torch.cat(list(scores)).double()
+        y, s = (part[rows].to(joined) for part in (self.targets, self.weights))
+        return float(self.task.loss.value(joined, y, s).sum() / s.mean(1).sum())
 
 
 @dataclass(frozen=True)

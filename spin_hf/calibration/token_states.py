@@ -7,6 +7,7 @@ memory of a GPU.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,19 +103,25 @@ def _lengths(encoded: Encoded) -> list[int]:
 
 @dataclass(frozen=True)
 class States:
-    """States of the tokens of some texts, one after another: ``(tokens, width)`` float16 for each tap.
+    """States of the tokens of some texts, one after another.
 
     Attributes:
+        stacks: ``(taps, tokens, width)`` float16, of all taps of one width.
         rows: of the calibration, in the order of the texts here; those from ``trained`` on evaluate.
         starts: where each text's tokens begin, and where the last one's end.
         in_files: rather than in the device's memory.
     """
 
-    values: Mapping[Tap, Tensor]
+    stacks: Mapping[tuple[Tap, ...], Tensor]
     rows: np.ndarray
     trained: int
     starts: np.ndarray
     in_files: bool
+
+    @functools.cached_property
+    def values(self) -> dict[Tap, Tensor]:
+        """``(tokens, width)`` of each tap."""
+        return {tap: own for taps, stack in self.stacks.items() for tap, own in zip(taps, stack, strict=True)}
 
     @classmethod
     @contextmanager
@@ -135,8 +142,8 @@ class States:
         tokens, device, folder = int(starts[-1]), model_device(model), folder / "states"
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
         held = {} if in_files else _in_memory(widths, tokens, device)
-        with _kept(held) if held else _files(widths, tokens, folder) as values:
-            found = cls(values, rows, len(parts[0]), starts, in_files=not held)
+        with _kept(held) if held else _files(widths, tokens, folder) as stacks:
+            found = cls(stacks, rows, len(parts[0]), starts, in_files=not held)
             found._read(model, texts, lengths)
             yield found
 
@@ -177,16 +184,16 @@ class States:
                 begin = place
         return [*found, slice(begin, last)]
 
-    def load(self, tap: Tap, own: slice, device: torch.device) -> Tensor:
-        """States of the tokens of some texts, one text after another: ``(tokens, width)``, float32."""
-        return self.values[tap][self.starts[own.start] : self.starts[own.stop]].to(device).float()
+    def load(self, taps: tuple[Tap, ...], own: slice, device: torch.device) -> Tensor:
+        """States of the tokens of some texts, one text after another: ``(taps, tokens, width)`` of a stack, float32."""
+        return self.stacks[taps][:, self.starts[own.start] : self.starts[own.stop]].to(device).float()
 
-    def step(self, own: slice, device: torch.device) -> _Step:
-        return _Step.of(np.diff(self.starts[own.start : own.stop + 1]), device)
+    def step(self, own: slice, device: torch.device) -> Step:
+        return Step.of(np.diff(self.starts[own.start : own.stop + 1]), device)
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """Some texts beside each other, padded.
 
     Attributes:
@@ -198,18 +205,26 @@ class _Step:
     places: Tensor
 
     @classmethod
-    def of(cls, lengths: np.ndarray, device: torch.device) -> _Step:
+    def of(cls, lengths: np.ndarray, device: torch.device) -> Step:
         mask = np.arange(lengths.max()) < lengths[:, None]
         return cls(torch.from_numpy(mask).to(device), torch.from_numpy(np.flatnonzero(mask)).to(device))
 
     def padded(self, tokens: Tensor) -> Tensor:
-        """Values of the real tokens ``(tokens, width)`` as ``(texts, tokens, width)``, zeros behind a text's end."""
-        found = tokens.new_zeros(self.mask.numel(), tokens.shape[1])
-        return found.index_copy(0, self.places, tokens).view(*self.mask.shape, -1)
+        """Values of the real tokens ``(..., tokens, width)`` as ``(..., texts, tokens, width)``, zeros behind a text's
+        end.
+        """
+        found = tokens.new_zeros(*tokens.shape[:-2], self.mask.numel(), tokens.shape[-1])
+        return found.index_copy(-2, self.places, tokens).view(*tokens.shape[:-2], *self.mask.shape, -1)
+
+
+def _shapes(widths: Mapping[Tap, int], tokens: int) -> dict[tuple[Tap, ...], tuple[int, int, int]]:
+    """Of a stack for each width, ``(taps, tokens, width)``."""
+    alike = {width: tuple(tap for tap in widths if widths[tap] == width) for width in widths.values()}
+    return {taps: (len(taps), tokens, width) for width, taps in alike.items()}
 
 
 @contextmanager
-def _kept(held: dict[Tap, Tensor]) -> Iterator[Mapping[Tap, Tensor]]:
+def _kept(held: dict[tuple[Tap, ...], Tensor]) -> Iterator[Mapping[tuple[Tap, ...], Tensor]]:
     try:
         yield held
     finally:
@@ -218,7 +233,7 @@ def _kept(held: dict[Tap, Tensor]) -> Iterator[Mapping[Tap, Tensor]]:
 
 
 @contextmanager
-def _files(widths: Mapping[Tap, int], tokens: int, folder: Path) -> Iterator[Mapping[Tap, Tensor]]:
+def _files(widths: Mapping[Tap, int], tokens: int, folder: Path) -> Iterator[Mapping[tuple[Tap, ...], Tensor]]:
     needed = 2 * tokens * sum(widths.values())
     try:
         try:
@@ -227,17 +242,15 @@ def _files(widths: Mapping[Tap, int], tokens: int, folder: Path) -> Iterator[Map
             if free < needed:
                 raise OSError(f"{free / 1e9:.1f} GB are free, the states of the tokens need {needed / 1e9:.1f} GB")
             files = {
-                tap: np.lib.format.open_memmap(
-                    folder / f"{tap}.npy", mode="w+", dtype=np.float16, shape=(tokens, width)
-                )
-                for tap, width in widths.items()
+                taps: np.lib.format.open_memmap(folder / f"{shape[2]}.npy", mode="w+", dtype=np.float16, shape=shape)
+                for taps, shape in _shapes(widths, tokens).items()
             }
         except OSError as error:
             raise OutputFolderError(
                 f'{folder} can\'t be written: {error}. Name another folder as cache_dir="...", or leave the pooling '
                 "attention out."
             ) from error
-        yield {tap: torch.from_numpy(file) for tap, file in files.items()}
+        yield {taps: torch.from_numpy(file) for taps, file in files.items()}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -251,12 +264,13 @@ def _fits(needed: int, widths: Mapping[Tap, int], device: torch.device) -> bool:
     return 2 * needed + 3 * 4 * step <= torch.cuda.mem_get_info(device)[0] + unused
 
 
-def _in_memory(widths: Mapping[Tap, int], tokens: int, device: torch.device) -> dict[Tap, Tensor]:
+def _in_memory(widths: Mapping[Tap, int], tokens: int, device: torch.device) -> dict[tuple[Tap, ...], Tensor]:
     """Room on a GPU that leaves enough to learn in, or nothing: others may also be quicker."""
     if not _fits(2 * tokens * sum(widths.values()), widths, device):
         return {}
     try:
-        return {tap: torch.empty(tokens, width, dtype=torch.float16, device=device) for tap, width in widths.items()}
+        shapes = _shapes(widths, tokens)
+        return {taps: torch.empty(shape, dtype=torch.float16, device=device) for taps, shape in shapes.items()}
     except RuntimeError as error:
         if is_out_of_memory(error):
             return {}
@@ -269,7 +283,7 @@ class _Writing:
     def __init__(self, states: States, places: Sequence[int]) -> None:
         self._states, self._places = states, places
         starts = states.starts
-        self._step = _Step.of(np.asarray([starts[place + 1] - starts[place] for place in places]), torch.device("cpu"))
+        self._step = Step.of(np.asarray([starts[place + 1] - starts[place] for place in places]), torch.device("cpu"))
         self._targets = torch.from_numpy(np.concatenate([np.arange(starts[p], starts[p + 1]) for p in places]))
         self._wrong: list[tuple[Tap, Tensor]] = []  # whether each text has a state that is not finite
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..attention import source
 from ..spin_model import SpinModel
@@ -29,7 +28,7 @@ from .extraction import pad
 from .halving import is_out_of_memory
 from .probes import Labelled
 from .solver import balance
-from .token_states import SAMPLE, States, Texts, learning_rows, states_widths
+from .token_states import SAMPLE, States, Step, Texts, learning_rows, states_widths
 
 _EPOCHS, _LEAST_STEPS = 10, 200
 _MOST_TEXTS, _LEAST_TEXTS = 96, 8  # of a step
@@ -110,42 +109,59 @@ PARTS = 1 + _EPOCHS  # the reading, and about as many passes
 
 
 class _Weighted(nn.Module):
-    """A linear head over the tokens' weighted means of all taps, in standardised states."""
+    """A linear head over the tokens' weighted means of all taps, in standardised states; the taps of a stack together.
+
+    Of each stack: mean and scale ``(taps, 1, width)``, query ``(taps, 1, width)``, weight ``(taps, columns, width)``.
+    """
 
     def __init__(self, states: States, bias: Tensor) -> None:
         super().__init__()
-        self.taps = list(states.values)
+        self.stacks = list(states.stacks)
         self.mean, self.scale = [], []
-        for values in states.values.values():
-            some = values[:: 1 + len(values) // SAMPLE].to(bias.device).float()
-            mean = some.mean(0)
-            self.mean.append(mean)
-            self.scale.append(some.sub_(mean).square_().mean(0).sqrt().clamp_min(1e-6))
-        self.size = sum(len(mean) for mean in self.mean) ** 0.5
+        for stack in states.stacks.values():
+            found = [_mean_and_scale(values, bias.device) for values in stack]
+            self.mean.append(torch.stack([mean for mean, _ in found])[:, None])
+            self.scale.append(torch.stack([scale for _, scale in found])[:, None])
+        self.size = sum(mean.numel() for mean in self.mean) ** 0.5
         self.query = nn.ParameterList(torch.zeros_like(mean) for mean in self.mean)
-        self.weight = nn.ParameterList(mean.new_zeros(len(bias), len(mean)) for mean in self.mean)
+        self.weight = nn.ParameterList(torch.zeros_like(mean).repeat(1, len(bias), 1) for mean in self.mean)
         self.bias = nn.Parameter(bias)
 
     def scorers(self) -> list[Tensor]:
         """The queries for states as they are."""
-        return [query / (scale * len(query) ** 0.5) for query, scale in zip(self.query, self.scale, strict=True)]
+        return [query / (scale * query.shape[2] ** 0.5) for query, scale in zip(self.query, self.scale, strict=True)]
 
-    def forward(self, states: States, own: slice) -> Tensor:
+    def queries(self) -> dict[Tap, Tensor]:
+        """These, of each tap ``(width,)`` on the CPU."""
+        own = [scorer.detach()[:, 0].cpu() for scorer in self.scorers()]
+        return {
+            tap: query
+            for taps, rows in zip(self.stacks, own, strict=True)
+            for tap, query in zip(taps, rows, strict=True)
+        }
+
+    def forward(self, states: States, own: slice, step: Step) -> Tensor:
         """Scores ``(texts, columns)``."""
-        step = states.step(own, self.bias.device)
         total: Tensor = self.bias
-        for tap, scorer, weight, mean, scale in zip(
-            self.taps, self.scorers(), self.weight, self.mean, self.scale, strict=True
+        for taps, scorer, weight, mean, scale in zip(
+            self.stacks, self.scorers(), self.weight, self.mean, self.scale, strict=True
         ):
-            both = torch.cat([scorer[None], weight / (scale * self.size)])
-            found = step.padded(F.linear(states.load(tap, own, both.device), both, -(both @ mean)))
-            attention = found[..., 0].masked_fill(~step.mask, -torch.inf).softmax(1)
-            total = total + (attention[:, None] @ found[..., 1:])[:, 0]
+            both = torch.cat([scorer, weight / (scale * self.size)], 1)
+            found = torch.baddbmm(-(mean @ both.mT), states.load(taps, own, both.device), both.mT)
+            found = step.padded(found)  # (taps, texts, tokens, 1 + columns)
+            attention = found[..., 0].masked_fill(~step.mask, -torch.inf).softmax(2)
+            total = total + (attention[..., None, :] @ found[..., 1:]).sum(0)[:, 0]
         return total
 
     def penalty(self) -> Tensor:
         parts = [weight.square().sum() / _VARIANCE for weight in self.weight]
         return torch.stack([*parts, *(query.square().sum() for query in self.query)]).sum()
+
+
+def _mean_and_scale(values: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    some = values[:: 1 + len(values) // SAMPLE].to(device).float()
+    mean = some.mean(0)
+    return mean, some.sub_(mean).square_().mean(0).sqrt().clamp_min(1e-6)
 
 
 def _train(
@@ -161,33 +177,38 @@ def _train(
     y, s = y.to(device), s.to(device)
     model = _Weighted(states, bias.float().to(device))
     most = min(_MOST_TEXTS, max(_LEAST_TEXTS, states.trained // 20))
-    steps = states.steps(0, states.trained, most)
-    looks = states.steps(states.trained, len(states.rows), _MOST_TEXTS)
+    steps, looks = (
+        [(own, states.step(own, device)) for own in found]
+        for found in (
+            states.steps(0, states.trained, most),
+            states.steps(states.trained, len(states.rows), _MOST_TEXTS),
+        )
+    )
     epochs = max(_EPOCHS, -(-_LEAST_STEPS // len(steps)))
     optimiser = torch.optim.Adam(model.parameters(), lr=_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, epochs * len(steps))
     draw = torch.Generator().manual_seed(seed)
     total = s[learned].mean(1).sum()
-    best, kept = float("inf"), [query.detach().cpu() for query in model.scorers()]
+    best, kept = float("inf"), model.queries()
 
-    def loss(own: slice) -> Tensor:
-        value: Tensor = data.task.loss.value(model(states, own), y[own], s[own]).sum()
+    def loss(own: slice, step: Step) -> Tensor:
+        value: Tensor = data.task.loss.value(model(states, own, step), y[own], s[own]).sum()
         return value
 
     done = 0
     for epoch in range(1, epochs + 1):
         for number in torch.randperm(len(steps), generator=draw).tolist():
-            own = steps[number]
-            objective = loss(own) / s[own].mean(1).sum() + model.penalty() / (2 * total)
+            own, step = steps[number]
+            objective = loss(own, step) / s[own].mean(1).sum() + model.penalty() / (2 * total)
             optimiser.zero_grad()
             objective.backward()
             optimiser.step()
             schedule.step()
         with torch.no_grad():
-            value = sum(float(loss(own)) for own in looks)
+            value = float(torch.stack([loss(*look) for look in looks]).sum())
         if value < best:
-            best, kept = value, [query.detach().cpu() for query in model.scorers()]
+            best, kept = value, model.queries()
         reached = _EPOCHS * epoch // epochs
         advance(reached - done)
         done = reached
-    return dict(zip(model.taps, kept, strict=True))
+    return kept
