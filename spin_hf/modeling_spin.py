@@ -122,7 +122,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
             revision = pinned_revision(source, kwargs)
         if isinstance(model, SpinPreTrainedModel):
             raise ValueError(f"{source or type(model).__name__} is a SPIN model already; load it with from_pretrained.")
-        if is_read(backbone):
+        if is_read(model):
             raise ValueError(
                 "This backbone is part of a calibrated classifier, which removed blocks from it. Load it anew for "
                 "another; to share one in memory, pass it to from_pretrained(head_only_folder, backbone=...)."
