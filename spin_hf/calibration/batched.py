@@ -26,8 +26,9 @@ _CHECK_EVERY = 25  # steps between two looks at the gaps
 _PLAIN_STEPS = 100  # after which what is not solved is ill-conditioned: jumps pay
 _PATIENCE = 20  # looks without a better gap anywhere after which rounding is taken to be the limit
 _POWER_ROUNDS = 30
-_LEAST_WIDTH = 1024  # features up to which all are read in every step
 _LEAST_WORKING = 512
+# Features up to which all are read in every step: without question, and where a tap has no more values than that.
+_NARROW, _LEAST_WIDTH, _MOST_READ = 2 * _LEAST_WORKING, 2048, 2**25
 _MOST_ROUNDS = 20
 # Features and rows times features (benchmarks/together.py), and that times outputs, of what a CPU too solves together.
 _SMALL_WIDTH, _SMALL, _SMALL_IN_ALL = 512, 2**17, 2**20
@@ -222,7 +223,7 @@ def solve_sparse(
         thresholds: ``(B, d, C, 1)``.
     """
     columns, width = thresholds.shape[2], x.shape[2]
-    if width <= _LEAST_WIDTH:
+    if width <= _NARROW or (width <= _LEAST_WIDTH and x[0].numel() <= _MOST_READ):
         penalty = L1(thresholds)
         return solve_together(x, y, s, loss, penalty, columns, start=start, start_intercept=start_intercept, tol=tol)
     whole = _Batch(x, y, s, loss)

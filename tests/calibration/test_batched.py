@@ -12,6 +12,7 @@ from spin_hf.calibration.batched import L1, L2, solve_sparse, solve_together
 from spin_hf.calibration.losses import Logistic, Multinomial, Squared
 from spin_hf.calibration.paths import solve_paths
 from spin_hf.calibration.probes import Labelled, fit_probes
+from spin_hf.calibration.replay import Replay
 from spin_hf.calibration.ridge import solve_ridge
 from spin_hf.calibration.solver import solve_path
 from spin_hf.calibration.task import Task
@@ -51,6 +52,45 @@ def test_paths_solved_together_are_those_solved_alone(kind, weighted):
             assert point.gap <= 1e-6
             assert point.objective == pytest.approx(alone.objective, rel=2e-6)
             torch.testing.assert_close(point.weight, alone.weight, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", LOSSES)
+def test_steps_that_a_gpu_replays_are_those_that_it_is_told_one_by_one(kind, monkeypatch):
+    x, y, s = problem(kind)
+    thresholds = torch.tensor([100.0, 30.0, 10.0, 1.0]).expand(1, x.shape[2], 4)[..., None].cuda()
+
+    def solved():
+        return solve_together(x.cuda(), y, s, LOSSES[kind], L1(thresholds), 4, tol=1e-6)
+
+    replayed, again = solved(), solved()
+
+    def one_by_one(batch, state, penalty, count):
+        for _ in range(count):
+            state = batch.step(state, penalty)
+        return state
+
+    monkeypatch.setattr(batched._Batch, "advance", one_by_one)
+    told = solved()
+    assert replayed.steps == told.steps
+    for name in ("weight", "intercept", "objective", "gap"):
+        assert torch.equal(getattr(replayed, name), getattr(again, name))
+        torch.testing.assert_close(getattr(replayed, name), getattr(told, name))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_fails_while_steps_are_recorded_is_told_and_leaves_the_gpu_usable():
+    start = [torch.zeros(3, device="cuda")]
+
+    def failing(values):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        Replay(failing, start)
+    replay = Replay(lambda values: [values[0] + 1], start)
+    assert replay(start, 3)[0].tolist() == [3.0, 3.0, 3.0]
+    assert replay(replay.values, 2)[0].tolist() == [5.0, 5.0, 5.0]
+    assert start[0].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_factors_scale_the_penalty_of_each_feature():
@@ -109,6 +149,7 @@ def test_wide_features_are_solved_by_working_sets(kind, monkeypatch):
     thresholds = (1 / torch.tensor(GRID)).reshape(1, 1, -1, 1).expand(1, 90, -1, 1)
     start = x.new_zeros(3, len(GRID), y.shape[1], 90)
     whole = solve_sparse(x, y, s, LOSSES[kind], thresholds, start, None, 1e-3)
+    monkeypatch.setattr(batched, "_NARROW", 10)
     monkeypatch.setattr(batched, "_LEAST_WIDTH", 10)
     monkeypatch.setattr(batched, "_LEAST_WORKING", 20)
     parts = solve_sparse(x, y, s, LOSSES[kind], thresholds, start, None, 1e-3)

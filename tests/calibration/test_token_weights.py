@@ -21,6 +21,7 @@ from spin_hf.calibration.errors import (
     NonFiniteFeaturesError,
     OutputFolderError,
 )
+from spin_hf.calibration.token_states import States
 from spin_hf.explain import explain
 from spin_hf.layout import PositionsError
 from spin_hf.pooling import pool
@@ -103,6 +104,32 @@ def test_ffn_neurons_take_the_input_of_their_block():
     assert [str(source(Tap.parse(name))) for name in ("ffn.1", "ffn.3", "hidden.0", "hidden.2", "norm.4")] == [
         *("hidden.0", "hidden.2", "hidden.0", "hidden.2", "norm.4")
     ]
+
+
+def test_what_learns_weighs_each_tap_by_its_own_query_whatever_its_width():
+    taps, draw = [Tap("hidden", block) for block in range(3)], torch.Generator().manual_seed(0)
+    lengths = [5, 1, 3]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    stacks = {
+        (taps[0], taps[2]): 3 * torch.randn(2, 9, 4, generator=draw).half() + 1,
+        (taps[1],): torch.randn(1, 9, 6, generator=draw).half(),
+    }
+    states = States(stacks, np.arange(3), 3, starts, in_files=False)
+    model = token_weights._Weighted(states, torch.tensor([0.5, -0.5]))
+    for part in model.parameters():
+        part.data.add_(torch.randn(part.shape, generator=draw))
+    own = slice(0, 3)
+    found = model(states, own, states.step(own, torch.device("cpu")))
+    every, queries = 4 + 6 + 4, model.queries()
+    for text in range(3):
+        expected = model.bias.detach().clone()
+        for stack, (names, values) in enumerate(stacks.items()):
+            for i, tap in enumerate(names):
+                mine = states.values[tap][starts[text] : starts[text + 1]].float()
+                weights = (mine @ queries[tap]).softmax(0)
+                standard = (mine - values[i].float().mean(0)) / values[i].float().std(0, correction=0)
+                expected += model.weight[stack][i] @ (weights @ standard) / every**0.5
+        torch.testing.assert_close(found[text], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_calibration_finds_the_word_that_counts(tmp_path):
