@@ -92,12 +92,13 @@ def fail(folder: Path) -> None:
     except (RuntimeError, CalibrationError) as error:
         told["extraction"] = f"{type(error).__name__}: {error}"
     told["batches"] = len(calls)
-    model = SpinForSequenceClassification.from_backbone(builders.make_backbone("bert"))
-    rows = builders.make_sentiment_rows(20 + rank)
-    try:
-        spin_calibrate(model, builders.make_tokenizer(), rows, **QUICK)
-    except CalibrationError as error:
-        told["data"] = f"{type(error).__name__}: {error}"
+    for name, count, prefer in (("data", 20 + rank, "score"), ("options", 20, ("score", "widest")[rank])):
+        model = SpinForSequenceClassification.from_backbone(builders.make_backbone("bert"))
+        rows = builders.make_sentiment_rows(count)
+        try:
+            spin_calibrate(model, builders.make_tokenizer(), rows, prefer=prefer, **QUICK)
+        except CalibrationError as error:
+            told[name] = f"{type(error).__name__}: {error}"
     (folder / f"told.{rank}.json").write_text(json.dumps(told))
 
 

@@ -96,8 +96,9 @@ def test_an_error_of_one_ends_all(worked):
     assert told[0]["extraction"] == "RankError: Process 1 of 2 failed with RuntimeError: the device is lost"
     assert told[1]["extraction"] == "RuntimeError: the device is lost"
     assert told[0]["batches"] <= 4  # of dozens: it did not go on to its own end
-    assert told[0]["data"] == told[1]["data"]
-    assert "don't hold the same backbone, texts, labels" in told[0]["data"]
+    for name in ("data", "options"):
+        assert told[0][name] == told[1][name]
+        assert "don't hold the same backbone, texts, labels and options" in told[0][name]
 
 
 def test_processes_that_joined_before_wait_as_long_as_a_calibration_takes(tmp_path):
