@@ -93,7 +93,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
 
         Raises:
             ValueError: for labels that contradict ``num_labels`` or the problem type, a loaded model of a class that
-                could not be rebuilt from its config or that is part of a calibrated classifier, or a repository with
+                could not be rebuilt from its config or that a classifier was calibrated on, or a repository with
                 code of its own without trust.
             TapError: if no blocks are found.
         """
@@ -124,8 +124,8 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
             raise ValueError(f"{source or type(model).__name__} is a SPIN model already; load it with from_pretrained.")
         if is_read(model):
             raise ValueError(
-                "This backbone is part of a calibrated classifier, which removed blocks from it. Load it anew for "
-                "another; to share one in memory, pass it to from_pretrained(head_only_folder, backbone=...)."
+                "A classifier was calibrated on this backbone, which it reads and may have removed blocks from. Load "
+                "it anew; to share one in memory, pass it to from_pretrained(head_only_folder, backbone=...)."
             )
         model = text_part(model, stacks)
         check_rebuilds(model, stacks)

@@ -122,7 +122,7 @@ def remove_hooks(backbone: nn.Module) -> None:
 
 
 def is_read(backbone: nn.Module) -> bool:
-    """Whether a calibrated classifier reads this backbone."""
+    """Whether a classifier was calibrated on this backbone: its hooks stay when it is gone."""
     return any(isinstance(hook, _Read) for hooks in _all_hooks(backbone) for hook in hooks.values())
 
 

@@ -43,18 +43,23 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def report(path: Path | None, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Print each row as a line of JSON once it is there, and :func:`write_section` of all so far."""
+    """Print each row as a line of JSON once it is there, and :func:`write_section` of all so far.
+
+    Until the last is there, the section says that some are missing.
+    """
     found: list[Mapping[str, Any]] = []
     for row in rows:
         found.append(row)
         print(json.dumps(row), flush=True)
-        write_section(path, name, found)  # the next may take long
+        write_section(path, name, found, "*Rows are missing: the command did not come to its end.*")
+    write_section(path, name, found)
 
 
-def write_section(path: Path | None, name: str, rows: Rows) -> None:
-    """Write the rows to the section of that name, where there is a path."""
+def write_section(path: Path | None, name: str, rows: Rows, note: str = "") -> None:
+    """Write the rows, and a note, to the section of that name, where there is a path."""
     if path is not None:
-        write(path, {name: f"```console\n{command(sys.argv)}\n```\n\n{table(rows)}\n\n{machine()}."})
+        parts = [f"```console\n{command(sys.argv)}\n```", *filter(None, [note]), table(rows), f"{machine()}."]
+        write(path, {name: "\n\n".join(parts)})
 
 
 def table(rows: Rows) -> str:

@@ -17,9 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .halving import is_out_of_memory
 from .jump import Elastic, jump
 from .losses import Loss
-from .replay import Replay
+from .replay import Replay, can_replay
 from .solver import balance
 
 _CHECK_EVERY = 25  # steps between two looks at the gaps
@@ -27,8 +28,8 @@ _PLAIN_STEPS = 100  # after which what is not solved is ill-conditioned: jumps p
 _PATIENCE = 20  # looks without a better gap anywhere after which rounding is taken to be the limit
 _POWER_ROUNDS = 30
 _LEAST_WORKING = 512
-# Features up to which all are read in every step: without question, and where a tap has no more values than that.
-_NARROW, _LEAST_WIDTH, _MOST_READ = 2 * _LEAST_WORKING, 2048, 2**25
+_NARROW = 2 * _LEAST_WORKING  # features up to which all are read in every step
+_WIDE, _MOST_READ = 2048, 2**25  # and up to this where a tap's rows times features are no more: little to read anyway
 _MOST_ROUNDS = 20
 # Features and rows times features (benchmarks/together.py), and that times outputs, of what a CPU too solves together.
 _SMALL_WIDTH, _SMALL, _SMALL_IN_ALL = 512, 2**17, 2**20
@@ -223,7 +224,7 @@ def solve_sparse(
         thresholds: ``(B, d, C, 1)``.
     """
     columns, width = thresholds.shape[2], x.shape[2]
-    if width <= _NARROW or (width <= _LEAST_WIDTH and x[0].numel() <= _MOST_READ):
+    if width <= _NARROW or (width <= _WIDE and x[0].numel() <= _MOST_READ):
         penalty = L1(thresholds)
         return solve_together(x, y, s, loss, penalty, columns, start=start, start_intercept=start_intercept, tol=tol)
     whole = _Batch(x, y, s, loss)
@@ -283,7 +284,7 @@ class _Batch:
         self.x, self.loss = x, loss
         self.y, self.s = y.double().to(x.device), s.double().to(x.device)
         self.targets, self.row_weights = self.y.to(x.dtype)[:, None], self.s.to(x.dtype)[:, None]  # (n, 1, K)
-        self._recorded: tuple[Penalty, Replay] | None = None
+        self._recorded: tuple[Penalty, Replay | None] | None = None
 
     def take(self, rows: Tensor) -> _Batch:
         if len(rows) == len(self.x):
@@ -317,16 +318,25 @@ class _Batch:
         return gradient
 
     def advance(self, state: _State, penalty: Penalty, count: int) -> _State:
-        """The state after so many steps; on a GPU it changes with the next ones."""
-        if not self.x.is_cuda:
-            for _ in range(count):
-                state = self.step(state, penalty)
-            return state
-        if self._recorded is None or self._recorded[0] is not penalty:
-            self._recorded = None  # its memory goes first
+        """The state after so many steps. On a GPU the next call overwrites its tensors."""
+        if can_replay(self.x) and (self._recorded is None or self._recorded[0] is not penalty):
             state, count = self.step(state, penalty), count - 1
-            self._recorded = penalty, Replay(lambda values: self.step(_State(*values), penalty).parts(), state.parts())
-        return _State(*self._recorded[1](state.parts(), count))
+            self._recorded = penalty, self._record(state, penalty)
+        if self._recorded is not None and self._recorded[1] is not None:
+            return _State(*self._recorded[1](state.parts(), count))
+        for _ in range(count):
+            state = self.step(state, penalty)
+        return state
+
+    def _record(self, state: _State, penalty: Penalty) -> Replay | None:
+        """The step to replay, or nothing where there is no memory for another one."""
+        self._recorded = None
+        try:
+            return Replay(lambda values: self.step(_State(*values), penalty).parts(), state.parts())
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                return None
+            raise
 
     def step(self, state: _State, penalty: Penalty) -> _State:
         step = 1.0 / self.bound

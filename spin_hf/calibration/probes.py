@@ -270,10 +270,10 @@ def probe_bytes(width: int, rows: int, fits: int) -> int:
 
 def solver_bytes(rows: int, width: int, values: int, outputs: int) -> int:
     """What :func:`~spin_hf.calibration.batched.solve_together` holds of a tap beside the features, for so many
-    penalties and columns of targets: of the scores about four float32 in a step and ten float64 while it looks at the
-    gaps; of the weights a dozen.
+    penalties and columns of targets: of the scores about four float32 in a step, whose memory a recording keeps, and
+    ten float64 while it looks at the gaps; of the weights sixteen float32.
     """
-    return values * outputs * (96 * rows + 48 * width)
+    return values * outputs * (96 * rows + 64 * width)
 
 
 def most_together(each: int, shared: int = 0) -> int:

@@ -7,11 +7,11 @@ memory of a GPU.
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -118,10 +118,10 @@ class States:
     starts: np.ndarray
     in_files: bool
 
-    @functools.cached_property
-    def values(self) -> dict[Tap, Tensor]:
-        """``(tokens, width)`` of each tap."""
-        return {tap: own for taps, stack in self.stacks.items() for tap, own in zip(taps, stack, strict=True)}
+    def of(self, tap: Tap) -> Tensor:
+        """``(tokens, width)`` of a tap, a view: nothing but the stacks holds the states."""
+        taps = next(taps for taps in self.stacks if tap in taps)
+        return self.stacks[taps][taps.index(tap)]
 
     @classmethod
     @contextmanager
@@ -149,7 +149,7 @@ class States:
 
     @torch.no_grad()
     def _read(self, model: SpinModel, texts: Texts, lengths: Sequence[int]) -> None:
-        encoded, device = texts.encoded, model_device(model)
+        encoded, device, taps = texts.encoded, model_device(model), list(chain.from_iterable(self.stacks))
         model.eval()
 
         def run(places: Sequence[int]) -> list[int]:
@@ -159,7 +159,7 @@ class States:
             types = None
             if encoded.token_type_ids is not None:
                 types = pad([encoded.token_type_ids[row][: lengths[row]] for row in own], 0).to(device)
-            names: dict[Tap, Sequence[str]] = {tap: () for tap in self.values}
+            names: dict[Tap, Sequence[str]] = dict.fromkeys(taps, ())
             try:
                 model.read_taps(names, lambda mask: _Writing(self, places), mask, batch, types, windows=None)
             except (RuntimeError, MemoryError) as error:
@@ -171,7 +171,7 @@ class States:
             return []
 
         planned = [lengths[row] for row in self.rows]
-        with model.hooked(list(self.values)):
+        with model.hooked(taps):
             for places in plan_batches(planned, texts.batch_tokens, texts.batching):
                 in_halves(places, run)
 
@@ -296,7 +296,7 @@ class _Writing:
         self._wrong.append((tap, ~finite.all(1)))
         tokens = values.reshape(-1, values.shape[2])[self._step.places.to(values.device)]
         half = tokens.float().clamp(-_FLOAT16, _FLOAT16).half()
-        kept = self._states.values[tap]
+        kept = self._states.of(tap)
         kept.index_copy_(0, self._targets.to(kept.device), half.to(kept.device))
 
     def finish(self) -> dict[Tap, list[Tensor]]:

@@ -78,6 +78,27 @@ def test_steps_that_a_gpu_replays_are_those_that_it_is_told_one_by_one(kind, mon
         torch.testing.assert_close(getattr(replayed, name), getattr(told, name))
 
 
+@pytest.mark.parametrize("message", ["CUDA out of memory", "the device is lost"])
+def test_steps_that_can_not_be_recorded_for_want_of_memory_are_taken_one_by_one(message, monkeypatch):
+    x, y, s = problem("logistic")
+    thresholds = torch.tensor([30.0, 10.0, 1.0]).expand(1, x.shape[2], 3)[..., None]
+    expected = solve_together(x, y, s, Logistic(), L1(thresholds), 3, tol=1e-6)
+
+    def full(step, values):
+        step(values)
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(batched, "can_replay", lambda values: True)
+    monkeypatch.setattr(batched, "Replay", full)
+    if "memory" not in message:
+        with pytest.raises(RuntimeError, match=message):
+            solve_together(x, y, s, Logistic(), L1(thresholds), 3, tol=1e-6)
+        return
+    found = solve_together(x, y, s, Logistic(), L1(thresholds), 3, tol=1e-6)
+    assert torch.equal(found.weight, expected.weight)
+    assert found.steps == expected.steps
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_what_fails_while_steps_are_recorded_is_told_and_leaves_the_gpu_usable():
     start = [torch.zeros(3, device="cuda")]
@@ -143,16 +164,26 @@ def test_folds_that_are_small_enough_to_be_solved_together_beside_a_whole_that_i
             assert stop_early or len(scores) == 4
 
 
+@pytest.mark.parametrize(("wide", "most_read"), [(10, 2**25), (2048, 1000)])
 @pytest.mark.parametrize("kind", LOSSES)
-def test_wide_features_are_solved_by_working_sets(kind, monkeypatch):
+def test_wide_features_are_solved_by_working_sets(kind, wide, most_read, monkeypatch):
     x, y, s = problem(kind, width=90)
     thresholds = (1 / torch.tensor(GRID)).reshape(1, 1, -1, 1).expand(1, 90, -1, 1)
     start = x.new_zeros(3, len(GRID), y.shape[1], 90)
     whole = solve_sparse(x, y, s, LOSSES[kind], thresholds, start, None, 1e-3)
     monkeypatch.setattr(batched, "_NARROW", 10)
-    monkeypatch.setattr(batched, "_LEAST_WIDTH", 10)
+    monkeypatch.setattr(batched, "_WIDE", wide)
+    monkeypatch.setattr(batched, "_MOST_READ", most_read)
     monkeypatch.setattr(batched, "_LEAST_WORKING", 20)
+    widths, solve = [], batched.solve_together
+
+    def solving(part, *more, **options):
+        widths.append(part.shape[2])
+        return solve(part, *more, **options)
+
+    monkeypatch.setattr(batched, "solve_together", solving)
     parts = solve_sparse(x, y, s, LOSSES[kind], thresholds, start, None, 1e-3)
+    assert widths[0] == 20
     assert float(parts.gap.max()) <= 1e-3
     torch.testing.assert_close(parts.objective, whole.objective, rtol=2e-3, atol=0)
 

@@ -11,6 +11,7 @@ from census.checks import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from spin_hf import CheckpointError, SpinConfig, SpinForSequenceClassification, SpinModel, spin_calibrate
 from spin_hf.attention import TokenWeights, join, source
@@ -106,7 +107,7 @@ def test_ffn_neurons_take_the_input_of_their_block():
     ]
 
 
-def test_what_learns_weighs_each_tap_by_its_own_query_whatever_its_width():
+def test_what_learns_weighs_each_tap_by_its_own_query_whatever_its_width(tmp_path):
     taps, draw = [Tap("hidden", block) for block in range(3)], torch.Generator().manual_seed(0)
     lengths = [5, 1, 3]
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -114,7 +115,12 @@ def test_what_learns_weighs_each_tap_by_its_own_query_whatever_its_width():
         (taps[0], taps[2]): 3 * torch.randn(2, 9, 4, generator=draw).half() + 1,
         (taps[1],): torch.randn(1, 9, 6, generator=draw).half(),
     }
-    states = States(stacks, np.arange(3), 3, starts, in_files=False)
+    widths = {taps[0]: 4, taps[1]: 6, taps[2]: 4}
+    with token_states._files(widths, 9, tmp_path / "states") as files:  # as they would be read
+        assert {names: stack.shape for names, stack in files.items()} == {k: v.shape for k, v in stacks.items()}
+        for names, stack in files.items():
+            stack.copy_(stacks[names])
+        states = States({names: stack.clone() for names, stack in files.items()}, np.arange(3), 3, starts, True)
     model = token_weights._Weighted(states, torch.tensor([0.5, -0.5]))
     for part in model.parameters():
         part.data.add_(torch.randn(part.shape, generator=draw))
@@ -125,7 +131,7 @@ def test_what_learns_weighs_each_tap_by_its_own_query_whatever_its_width():
         expected = model.bias.detach().clone()
         for stack, (names, values) in enumerate(stacks.items()):
             for i, tap in enumerate(names):
-                mine = states.values[tap][starts[text] : starts[text + 1]].float()
+                mine = states.of(tap)[starts[text] : starts[text + 1]].float()
                 weights = (mine @ queries[tap]).softmax(0)
                 standard = (mine - values[i].float().mean(0)) / values[i].float().std(0, correction=0)
                 expected += model.weight[stack][i] @ (weights @ standard) / every**0.5
@@ -294,11 +300,25 @@ def test_out_of_memory_with_states_in_memory_goes_on_from_files(where, monkeypat
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
         return work(own, *more)
 
+    in_memory, in_files, held, gone = token_states._in_memory, token_states._files, [], []
+
+    def holding(*size):
+        made = in_memory(*size)
+        held.extend(StorageWeakRef(stack.untyped_storage()) for stack in made.values())
+        return made
+
+    def filing(*size):
+        gone.extend(storage.expired() for storage in held)
+        return in_files(*size)
+
     monkeypatch.setattr(token_states, "_fits", lambda *size: True)
+    monkeypatch.setattr(token_states, "_in_memory", holding)
+    monkeypatch.setattr(token_states, "_files", filing)
     monkeypatch.setattr(owner, name, full)
     _, _, result = calibrate(*rows, seed=0)
     assert not places[0]
     assert places[-1]
+    assert gone == [True]  # the memory is there for what reads once more
     assert not result.differences(expected)
 
 
