@@ -163,7 +163,7 @@ def test_trainer_closes_gates_and_resumes(model, sentiment_rows, tmp_path):
 
 def test_misuse(bert_backbone, model):
     with pytest.raises(NotCalibratedError, match="spin_calibrate"):
-        add_gates(SpinForSequenceClassification.from_backbone(bert_backbone))
+        add_gates(SpinForSequenceClassification.from_backbone(make_backbone("bert")))
     with pytest.raises(ValueError, match="no gates"):
         prune_gates(model)
     for penalty in (0, -1.0, float("nan"), "high"):
