@@ -264,8 +264,10 @@ def _leave(group: Any) -> None:
 
     NCCL's groups end by themselves; ending one here waits for others, which may be stuck.
     """
+    global _patient
     if torch.distributed.is_initialized() and torch.distributed.group.WORLD is group:
         torch.distributed.destroy_process_group()
+        _patient = None, None  # which would keep it to the end
 
 
 def _balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
