@@ -58,7 +58,7 @@ class Ours:
             store.create({})
             pad = int(self.tokenizer.pad_token_id)
             extract(self.model.spin, encoded, store, range(len(batches)), pad, lambda tokens: None, queries)
-            found = store.read(list(self.widths)[-1], pooling)
+            found = store.read(list(self.widths)[-1], pooling).numpy()
             store.close()
         return found
 

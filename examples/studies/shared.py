@@ -150,7 +150,7 @@ class Features:
 
     def read(self, group: Sequence[tuple[Tap, str]]) -> list[torch.Tensor]:
         """``(rows, width)`` for each."""
-        return [torch.from_numpy(self.store.read(*place)).to(self.device) for place in group]
+        return [self.store.read(*place, device=self.device) for place in group]
 
     def probes(self, **options: Any) -> list[list[Probe]]:
         """For each (tap, pooling) its probes at all values of C, the best first; see ``fit_probes``."""

@@ -20,14 +20,17 @@ from torch import Tensor
 from .halving import is_out_of_memory
 from .jump import Elastic, jump
 from .losses import Loss
+from .products import times, transposed_times
 from .replay import Replay, can_replay
 from .solver import balance
 
 _CHECK_EVERY = 25  # steps between two looks at the gaps
 _PLAIN_STEPS = 100  # after which what is not solved is ill-conditioned: jumps pay
 _PATIENCE = 20  # looks without a better gap anywhere after which rounding is taken to be the limit
-_POWER_ROUNDS = 30
+_LANCZOS_ROUNDS = 12
 _LEAST_WORKING = 512
+_MOST_WORKING = 0.75  # of the features: in place of more of them all are read
+_ALIGNED = 16  # working sets of a multiple of this are read faster
 _NARROW = 2 * _LEAST_WORKING  # features up to which all are read in every step
 _WIDE, _MOST_READ = 2048, 2**25  # and up to this where a tap's rows times features are no more: little to read anyway
 _MOST_ROUNDS = 20
@@ -224,9 +227,13 @@ def solve_sparse(
         thresholds: ``(B, d, C, 1)``.
     """
     columns, width = thresholds.shape[2], x.shape[2]
-    if width <= _NARROW or (width <= _WIDE and x[0].numel() <= _MOST_READ):
+
+    def on_all(start: Tensor, intercept: Tensor | None) -> Solutions:
         penalty = L1(thresholds)
-        return solve_together(x, y, s, loss, penalty, columns, start=start, start_intercept=start_intercept, tol=tol)
+        return solve_together(x, y, s, loss, penalty, columns, start=start, start_intercept=intercept, tol=tol)
+
+    if width <= _NARROW or (width <= _WIDE and x[0].numel() <= _MOST_READ):
+        return on_all(start, start_intercept)
     whole = _Batch(x, y, s, loss)
     found = whole.solutions(start, start_intercept, L1(thresholds))
     for _ in range(_MOST_ROUNDS):
@@ -235,7 +242,10 @@ def solve_sparse(
             break
         score = whole.violations(found, thresholds)  # (B, d)
         alive = (found.weight != 0).any(2).any(1)
-        size = min(width, max(_LEAST_WORKING, 2 * int(alive.sum(1).max())))
+        size = max(_LEAST_WORKING, -(-2 * int(alive.sum(1).max()) // _ALIGNED) * _ALIGNED)
+        if size > _MOST_WORKING * width:
+            solved = on_all(found.weight, found.intercept)
+            return replace(solved, steps=found.steps + solved.steps)
         working = (score + 10 * alive).topk(size, dim=1).indices
         spread = working[:, None, None].expand(-1, *found.weight.shape[1:3], -1)
         part = torch.stack([own[:, index] for own, index in zip(x, working, strict=True)])
@@ -295,26 +305,40 @@ class _Batch:
 
     @functools.cached_property
     def bound(self) -> Tensor:
-        """Of the Hessian, ``(B, 1, 1, 1)``: the largest curvature of a row times the largest eigenvalue."""
+        """Of the Hessian, ``(B, 1, 1, 1)``: the largest curvature of a row times the largest eigenvalue of the Gram
+        matrix of features and intercept, by Lanczos' method: what it found, and how far the eigenvalue is from that at
+        most.
+        """
         s = self.row_weights.amax(-1)[None]  # (1, n, 1)
-        v, c = self.x[:, :1].mT + 1e-3, self.x.new_ones(len(self.x), 1, 1)
-        largest = c
-        for _ in range(_POWER_ROUNDS):
-            length = (v.square().sum(1, keepdim=True) + c.square()).sqrt()
-            v, c = v / length, c / length
-            rows = s * (torch.bmm(self.x, v) + c)
-            v, c = torch.bmm(self.x.mT, rows), rows.sum(1, keepdim=True)
-            largest = (v.square().sum(1, keepdim=True) + c.square()).sqrt()
-        return (1.05 * self.loss.bound * largest)[..., None].clamp_min(1e-30)
+        vector = torch.cat([self.x[:, :1].mT + 1e-3, self.x.new_ones(len(self.x), 1, 1)], 1)
+        vector = vector / vector.norm(dim=1, keepdim=True)
+        last, side, peak = torch.zeros_like(vector), vector.new_zeros(()), vector.new_zeros(())
+        levels, sides = [], []
+        for _ in range(_LANCZOS_ROUNDS):
+            rows = s * (times(self.x, vector[:, :-1]) + vector[:, -1:])
+            found = torch.cat([transposed_times(self.x, rows), rows.sum(1, keepdim=True)], 1) - side * last
+            level = (found * vector).sum(1, keepdim=True)
+            found = found - level * vector
+            side, peak = found.norm(dim=1, keepdim=True), torch.maximum(peak, level)
+            side = torch.where(side > 1e-5 * peak, side, 0.0)  # rounding: nothing is left to be found
+            last, vector = vector, torch.where(side > 0, found / side, 0.0)
+            levels.append(level[:, 0, 0])
+            sides.append(side[:, 0, 0])
+        between = torch.stack(sides[:-1], 1).diag_embed(1)
+        tridiagonal = torch.stack(levels, 1).diag_embed() + between + between.mT
+        values, vectors = torch.linalg.eigh(tridiagonal.double().cpu())
+        largest = values[:, -1] + (sides[-1].double().cpu() * vectors[:, -1, -1]).abs()
+        bound: Tensor = 1.01 * self.loss.bound * largest.to(self.x)[:, None, None, None]
+        return bound.clamp_min(1e-30)
 
     def scores(self, weight: Tensor) -> Tensor:
         """``(B, n, C, K)``, without intercept."""
-        scores: Tensor = torch.bmm(self.x, weight.flatten(2)).unflatten(2, weight.shape[2:])
+        scores: Tensor = times(self.x, weight.flatten(2)).unflatten(2, weight.shape[2:])
         return scores
 
     def pull(self, residual: Tensor) -> Tensor:
         """Minus the gradient ``(B, d, C, K)`` of residuals ``(B, n, C, K)``."""
-        gradient: Tensor = torch.bmm(self.x.mT, residual.flatten(2)).unflatten(2, residual.shape[2:])
+        gradient: Tensor = transposed_times(self.x, residual.flatten(2)).unflatten(2, residual.shape[2:])
         return gradient
 
     def advance(self, state: _State, penalty: Penalty, count: int) -> _State:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -301,8 +302,11 @@ class PooledWhole:
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
     """Rows of ids as one tensor ``(rows, longest)``, filled on the right."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    found = np.full((len(rows), lengths.max()), value, dtype=np.int64)
+    real = np.arange(found.shape[1]) < lengths[:, None]
+    found[real] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=lengths.sum())
+    return torch.from_numpy(found)
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:

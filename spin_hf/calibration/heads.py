@@ -97,7 +97,7 @@ class HeadFitter:
             for fit in range(len(self.data.fits()) if feasible else 0):
                 columns = Columns.of(heads.probes, fit)
                 groups += columns.take(columns.kept(feasible[-1], heads.depth)).groups()
-        return replace(self, shared=SharedColumns.of(self.store, groups))
+        return replace(self, shared=SharedColumns.of(self.store, groups, self.device))
 
     @property
     def _source(self) -> Readable:
@@ -130,7 +130,7 @@ class HeadFitter:
 
     def fit_tap(self, tap: Tap, pooling: str) -> tuple[float, np.ndarray]:
         """A dense head on all neurons of one tap: its score, and its predictions of the evaluation rows."""
-        features = torch.from_numpy(self.store.read(tap, pooling)).to(self.device)
+        features = self.store.read(tap, pooling, device=self.device)
         scores = []
         for rows, held_out in self.data.folds:
             x = empty(len(rows), features.shape[1], device=features.device)

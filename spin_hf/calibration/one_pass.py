@@ -91,7 +91,7 @@ class TokenWeightsInOnePass(TokenWeights):
         if values.is_cpu:
             weights, mass = self.of([tap], values.device)
             return torch.cat([_weighted_sum(values, weights[0]), mass[0][:, None]], 1)
-        if not (values.is_cuda and _has_triton()):
+        if not (values.is_cuda and has_triton()):
             return super().pool([tap], [values])[0]
         from .triton_pooling import softmax_average
 
@@ -100,9 +100,10 @@ class TokenWeightsInOnePass(TokenWeights):
 
 
 def _usable(values: Tensor) -> bool:
-    return values.is_cpu or (values.is_cuda and values.stride(-1) == 1 and _has_triton())
+    return values.is_cpu or (values.is_cuda and values.stride(-1) == 1 and has_triton())
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether kernels can be written for a GPU."""
     return importlib.util.find_spec("triton") is not None

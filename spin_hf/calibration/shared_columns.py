@@ -11,14 +11,16 @@ from torch import Tensor
 
 from ..features import FeatureGroup
 from ..taps import Tap
-from .blocks import empty, slices
+from .blocks import empty, slices, take_rows
 from .store import FeatureStore
+
+_MOST_BYTES = 2**31  # of a matrix on a device, which also holds parts of it for each fold
 
 
 class Readable(Protocol):
     """A :class:`~spin_hf.calibration.store.FeatureStore`, or a part of one at hand."""
 
-    def read(self, tap: Tap, pooling: str, columns: np.ndarray) -> np.ndarray:
+    def read(self, tap: Tap, pooling: str, columns: np.ndarray) -> Tensor:
         """Some features of a tap and pooling, of all texts ``(n, columns)``."""
         ...
 
@@ -32,28 +34,30 @@ class SharedColumns:
     Args:
         store: what to read from, also what is not among the wanted.
         wanted: neurons of each tap and pooling, ascending.
+        device: where the heads are fitted, and the matrix lies unless it takes much of that memory.
     """
 
-    def __init__(self, store: FeatureStore, wanted: Mapping[tuple[Tap, str], np.ndarray]) -> None:
+    def __init__(
+        self, store: FeatureStore, wanted: Mapping[tuple[Tap, str], np.ndarray], device: torch.device | None = None
+    ) -> None:
         self._store, self._wanted = store, dict(wanted)
-        stops = np.cumsum([len(neurons) for neurons in wanted.values()]).tolist()
-        self._places = {
-            place: slice(stop - len(neurons), stop)
-            for (place, neurons), stop in zip(wanted.items(), stops, strict=True)
-        }
+        stops = np.cumsum([0, *(len(neurons) for neurons in wanted.values())]).tolist()
+        self._places = {place: slice(*stops[i : i + 2]) for i, place in enumerate(wanted)}
+        self._shape = stops[-1], store.rows
+        self._device = device if 4 * stops[-1] * store.rows <= _MOST_BYTES else None
         self._matrix: Tensor | None = None  # (columns, n)
         self._filled: set[tuple[Tap, str]] = set()
 
     @classmethod
-    def of(cls, store: FeatureStore, groups: Iterable[FeatureGroup]) -> SharedColumns:
+    def of(cls, store: FeatureStore, groups: Iterable[FeatureGroup], device: torch.device) -> SharedColumns:
         """Of all neurons that are in any of these groups."""
         masks: dict[tuple[Tap, str], np.ndarray] = {}
         for group in groups:
             place = group.tap, group.pooling
             masks.setdefault(place, np.zeros(store.widths[group.tap], dtype=bool))[group.neurons.numpy()] = True
-        return cls(store, {place: np.flatnonzero(mask) for place, mask in masks.items()})
+        return cls(store, {place: np.flatnonzero(mask) for place, mask in masks.items()}, device)
 
-    def read(self, tap: Tap, pooling: str, columns: np.ndarray) -> np.ndarray:
+    def read(self, tap: Tap, pooling: str, columns: np.ndarray) -> Tensor:
         """Features of all texts ``(n, columns)``; a copy, a column side by side."""
         place = tap, pooling
         known = self._wanted.get(place, columns[:0])
@@ -61,13 +65,12 @@ class SharedColumns:
         if not len(known) or not np.array_equal(known.take(found, mode="clip"), columns):
             return self._store.read(tap, pooling, columns)
         if self._matrix is None:
-            self._matrix = empty(sum(map(len, self._wanted.values())), self._store.rows)
+            self._matrix = empty(*self._shape, device=self._device)
         own = self._matrix[self._places[place]]
         if place not in self._filled:
-            own.copy_(torch.from_numpy(self._store.read(tap, pooling, known)).T)
+            own.copy_(self._store.read(tap, pooling, known, device=self._device).T)
             self._filled.add(place)
-        values = torch.index_select(own, 0, torch.from_numpy(found), out=empty(len(found), own.shape[1]))
-        return np.asarray(values.numpy().T)
+        return take_rows(own, found).T
 
 
 def read_features(
@@ -79,16 +82,17 @@ def read_features(
     *rows: np.ndarray,
 ) -> list[Tensor]:
     """The standardised features ``(rows, columns)`` of each of these sets of rows."""
-    found = [empty(len(some), len(mean)) for some in rows]
+    found: list[Tensor] = []
     start = 0
     for group in groups:
         of_all = source.read(group.tap, group.pooling, group.neurons.numpy())
+        found = found or [empty(len(some), len(mean), device=of_all.device) for some in rows]
         stop = start + len(group.neurons)
         for part, some in zip(found, rows, strict=True):
             for block in slices(len(some), stop - start):
-                part[block, start:stop] = torch.from_numpy(of_all[some[block]])
+                part[block, start:stop] = take_rows(of_all, some[block])
         start = stop
-    on_device = [part.to(device) for part in found]
+    on_device = [part.to(device) for part in found or [empty(len(some), 0) for some in rows]]
     for part in on_device:
         part.sub_(mean.to(device)).div_(scale.to(device))
     return on_device

@@ -49,7 +49,7 @@ def probe_all(
 
     def solve(group: Sequence[Place]) -> list[list[Probe]]:
         try:
-            features = [torch.from_numpy(store.read(*place)).to(fits.device) for place in group]
+            features = [store.read(*place, device=fits.device) for place in group]
             return fit_probes(
                 features, group, data, Cs=recipe.Cs, raw=recipe.raw, stop_early=not recipe.shared_C, tol=tol
             )

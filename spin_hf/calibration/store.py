@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..taps import Tap
 from .blocks import empty
@@ -142,17 +144,29 @@ class FeatureStore:
         self._files.clear()
         self._record, self._written_from = None, np.empty(0, dtype=np.float32)
 
-    def read(self, tap: Tap, pooling: str, columns: np.ndarray | None = None) -> np.ndarray:
-        """A copy of the features ``(n, width)`` of a tap and pooling, or of some of its columns."""
+    def read(
+        self, tap: Tap, pooling: str, columns: np.ndarray | None = None, *, device: torch.device | None = None
+    ) -> Tensor:
+        """The features ``(n, width)`` of a tap and pooling, or of some of its columns, on the device; a copy."""
         if tap not in self._arrays:
             self._arrays[tap] = self._open(tap)
         width, place = self.widths[tap], self.poolings.index(pooling)
-        found = empty(self.rows, width if columns is None else len(columns)).numpy()
+        count = width if columns is None else len(columns)
+        cuda = device is not None and device.type == "cuda"
+        found = empty(self.rows, count, device=device if cuda else None)
+        stream = torch.cuda.current_stream(device) if cuda else None
 
         def copy(rows: np.ndarray, start: int) -> None:
             first = start + place * len(rows) * width
             part = self._arrays[tap][first : first + len(rows) * width].reshape(len(rows), width)
-            found[rows] = part if columns is None else part[:, columns]
+            part = part if columns is None else part[:, columns]
+            if stream is None:
+                found.numpy()[rows] = part
+                return
+            with torch.cuda.device(device), torch.cuda.stream(stream):  # a thread has its own
+                pinned = torch.empty(len(rows), count, pin_memory=True)
+                pinned.numpy()[:] = part
+                found.index_copy_(0, torch.from_numpy(rows).to(device), pinned.to(device, non_blocking=True))
 
         if 4 * self.rows * width < _MUCH:  # whatever the columns, their pages are read
             for batch in zip(self.batches, self._starts[tap][:-1], strict=True):
@@ -160,7 +174,7 @@ class FeatureStore:
         else:
             with ThreadPoolExecutor(_THREADS) as pool:
                 list(pool.map(copy, self.batches, self._starts[tap][:-1]))
-        return found
+        return found if device is None else found.to(device)
 
     def _room(self, values: int) -> np.ndarray:
         """The same memory each time: to be given new takes as long as to write it."""

@@ -43,5 +43,5 @@ class Tokens(Sequence[list[int]]):
             return [self[i] for i in range(len(self))[row]]
         row = range(len(self))[row]
         if self._flat is None:
-            self._flat = np.memmap(self._file, dtype=np.int32, mode="r")
+            self._flat = np.memmap(self._file, dtype=np.int32, mode="r").view(np.ndarray)  # whose slices are quicker
         return self._flat[self._ends[row] : self._ends[row + 1]].tolist()

@@ -5,12 +5,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from spin_hf import SpinForSequenceClassification, spin_calibrate
+from spin_hf.calibration import shared_columns
 from spin_hf.calibration.shared_columns import SharedColumns
 from spin_hf.calibration.store import FeatureStore
 from spin_hf.taps import Tap
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 QUICK = {"poolings": ["mean", "max"], "validation_fraction": 0.2, "Cs": [0.05, 0.2], "etas": (0.5, 0.8, 1.0)}
 TAPS = (Tap("hidden", 1), Tap("ffn", 1))
 
@@ -26,15 +29,31 @@ def store(tmp_path):
     return store
 
 
-def test_it_reads_what_the_store_reads(store):
+@pytest.mark.parametrize("room", [0, 2**31])
+@pytest.mark.parametrize("device", DEVICES)
+def test_it_reads_what_the_store_reads(store, device, room, monkeypatch):
+    monkeypatch.setattr(shared_columns, "_MOST_BYTES", room)
     wanted = {(TAPS[0], "mean"): np.array([1, 4]), (TAPS[1], "max"): np.arange(3, 20, 2)}
-    shared = SharedColumns(store, wanted)
+    shared = SharedColumns(store, wanted, torch.device(device))
     some = [[], [4], [1, 4]], [[3, 19], list(range(3, 20, 2)), [4], [0, 19], [18, 19]]  # also what is not wanted
     for (tap, pooling), choices in zip([*wanted, *wanted], [*some, *some], strict=True):
         for columns in map(np.array, choices):
             columns = columns.astype(np.int64)
-            np.testing.assert_array_equal(shared.read(tap, pooling, columns), store.read(tap, pooling, columns))
-    np.testing.assert_array_equal(shared.read(TAPS[0], "max", np.array([0, 5])), store.read(TAPS[0], "max")[:, [0, 5]])
+            found = shared.read(tap, pooling, columns)
+            assert torch.equal(found.cpu(), store.read(tap, pooling, columns))
+    found = shared.read(TAPS[0], "max", np.array([0, 5]))
+    assert torch.equal(found.cpu(), store.read(TAPS[0], "max")[:, [0, 5]])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("much", [0, 2**26])
+def test_a_store_reads_to_the_device(store, device, much, monkeypatch):
+    monkeypatch.setattr("spin_hf.calibration.store._MUCH", much)  # whether several threads read
+    for tap in store.widths:
+        for columns in (None, np.array([1, 4])):
+            found = store.read(tap, "max", columns, device=torch.device(device))
+            assert found.device.type == device
+            assert torch.equal(found.cpu(), store.read(tap, "max", columns))
 
 
 @pytest.mark.parametrize(
@@ -46,10 +65,10 @@ def test_a_calibration_reads_each_tap_for_its_heads_once(
     read, reads, stage = FeatureStore.read, Counter(), []
     from spin_hf.calibration import calibrate
 
-    def counted(store, tap, pooling, columns=None):
+    def counted(store, tap, pooling, columns=None, **options):
         if stage:
             reads[tap, pooling] += 1
-        return read(store, tap, pooling, columns)
+        return read(store, tap, pooling, columns, **options)
 
     def staged(*arguments, run=calibrate.try_heads, **options):
         stage.append(1)
