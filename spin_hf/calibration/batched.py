@@ -20,17 +20,19 @@ from torch import Tensor
 from .halving import is_out_of_memory
 from .jump import Elastic, jump
 from .losses import Loss
-from .products import times, transposed_times
+from .products import ALIGNED, times, transposed_times
 from .replay import Replay, can_replay
 from .solver import balance
 
 _CHECK_EVERY = 25  # steps between two looks at the gaps
-_PLAIN_STEPS = 100  # after which what is not solved is ill-conditioned: jumps pay
+_PLAIN_STEPS = 100  # after which what is not solved is ill-conditioned: jumps may pay, and looks are rarer
+_JUMPING = 4.0  # times the seconds of steps, what jumps may take
+# Seconds of a step or jump and of what it reads or computes, on an H100; what counts is how they compare.
+_STEP, _BYTE, _JUMP, _OPERATION = 1e-4, 4e-13, 4e-3, 6e-14
 _PATIENCE = 20  # looks without a better gap anywhere after which rounding is taken to be the limit
 _LANCZOS_ROUNDS = 12
 _LEAST_WORKING = 512
 _MOST_WORKING = 0.75  # of the features: in place of more of them all are read
-_ALIGNED = 16  # working sets of a multiple of this are read faster
 _NARROW = 2 * _LEAST_WORKING  # features up to which all are read in every step
 _WIDE, _MOST_READ = 2048, 2**25  # and up to this where a tap's rows times features are no more: little to read anyway
 _MOST_ROUNDS = 20
@@ -182,6 +184,7 @@ def solve_together(
     rows, kept = torch.arange(shape[0], device=x.device), torch.arange(columns, device=x.device)
     state = _State.begin(weight, intercept)
     steps = since_better = 0
+    credit = 0.0  # seconds that jumps may take: whichever of steps and jumps serves, the other does not take long
     while True:
         objective, gap, balanced = batch.certify(state.weight, state.intercept, penalty)
         last = found.gap[rows[:, None], kept]
@@ -204,10 +207,12 @@ def solve_together(
             batch, state, penalty = batch.take(mine), state.take(mine, ours), penalty.take(mine, ours)
             left, balanced = left[mine][:, ours], balanced[mine][:, ours]
         if steps >= _PLAIN_STEPS:
-            for row, column in left.nonzero().tolist():
-                batch.jump(state, penalty, balanced, row, column)
-        state = batch.advance(state, penalty, _CHECK_EVERY)
-        steps += _CHECK_EVERY
+            gaps = found.gap[rows[:, None], kept].masked_fill(~left, 0.0)
+            credit -= batch.jump_worst(state, penalty, balanced, gaps, credit)
+        count = _CHECK_EVERY if steps < _PLAIN_STEPS else 2 * _CHECK_EVERY
+        state = batch.advance(state, penalty, count)
+        steps += count
+        credit += _JUMPING * count * batch.step_seconds
 
 
 def solve_sparse(
@@ -242,7 +247,7 @@ def solve_sparse(
             break
         score = whole.violations(found, thresholds)  # (B, d)
         alive = (found.weight != 0).any(2).any(1)
-        size = max(_LEAST_WORKING, -(-2 * int(alive.sum(1).max()) // _ALIGNED) * _ALIGNED)
+        size = max(_LEAST_WORKING, -(-2 * int(alive.sum(1).max()) // ALIGNED) * ALIGNED)
         if size > _MOST_WORKING * width:
             solved = on_all(found.weight, found.intercept)
             return replace(solved, steps=found.steps + solved.steps)
@@ -376,6 +381,27 @@ class _Batch:
         following = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
         speed = (momentum - 1) / following
         return _State(weight, intercept, weight + speed * moved, intercept + speed * back, following)
+
+    @property
+    def step_seconds(self) -> float:
+        """About what a step takes: the features are read twice."""
+        return _STEP + 2 * 4 * self.x.numel() * _BYTE
+
+    def jump_seconds(self, state: _State) -> Tensor:
+        """About what a jump of each problem takes ``(B, C)``, most of it for the Hessian of the weights not zero."""
+        weights = (state.weight != 0).sum(1)  # (B, C, K)
+        squares = weights.sum(-1).square() if self.loss.coupled else weights.square().sum(-1)
+        return _JUMP + 2 * self.x.shape[1] * squares * _OPERATION
+
+    def jump_worst(self, state: _State, penalty: Penalty, intercepts: Tensor, gaps: Tensor, seconds: float) -> float:
+        """:meth:`jump` with the problems of the largest gaps ``(B, C)``, as many as this time serves; what it took."""
+        taken, costs = 0.0, self.jump_seconds(state).flatten().tolist()
+        for place in gaps.flatten().argsort(descending=True, stable=True)[: int((gaps > 0).sum())].tolist():
+            if taken + costs[place] > seconds:
+                break
+            taken += costs[place]
+            self.jump(state, penalty, intercepts, *divmod(place, gaps.shape[1]))
+        return taken
 
     def jump(self, state: _State, penalty: Penalty, intercepts: Tensor, row: int, column: int) -> None:
         """Move one problem of the state by second-order steps, from these intercepts ``(B, C, K)``."""

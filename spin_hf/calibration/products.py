@@ -10,6 +10,7 @@ from torch import Tensor
 from .one_pass import has_triton
 
 _FEW = 8  # vectors up to which the kernels are quicker
+ALIGNED = 16  # features of which the width is a multiple: what begins anywhere in memory is read more slowly
 
 
 def times(x: Tensor, vectors: Tensor) -> Tensor:
@@ -31,4 +32,5 @@ def transposed_times(x: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _by_kernel(x: Tensor, vectors: Tensor) -> bool:
-    return x.is_cuda and vectors.shape[2] <= _FEW and x.stride(2) == 1 and has_triton()
+    few, aligned = vectors.shape[2] <= _FEW, x.shape[2] % ALIGNED == 0 and x.is_contiguous()
+    return x.is_cuda and few and aligned and has_triton()

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -148,33 +148,50 @@ class FeatureStore:
         self, tap: Tap, pooling: str, columns: np.ndarray | None = None, *, device: torch.device | None = None
     ) -> Tensor:
         """The features ``(n, width)`` of a tap and pooling, or of some of its columns, on the device; a copy."""
-        if tap not in self._arrays:
-            self._arrays[tap] = self._open(tap)
         width, place = self.widths[tap], self.poolings.index(pooling)
-        count = width if columns is None else len(columns)
-        cuda = device is not None and device.type == "cuda"
-        found = empty(self.rows, count, device=device if cuda else None)
-        stream = torch.cuda.current_stream(device) if cuda else None
-
-        def copy(rows: np.ndarray, start: int) -> None:
-            first = start + place * len(rows) * width
-            part = self._arrays[tap][first : first + len(rows) * width].reshape(len(rows), width)
-            part = part if columns is None else part[:, columns]
-            if stream is None:
-                found.numpy()[rows] = part
-                return
-            with torch.cuda.device(device), torch.cuda.stream(stream):  # a thread has its own
-                pinned = torch.empty(len(rows), count, pin_memory=True)
-                pinned.numpy()[:] = part
-                found.index_copy_(0, torch.from_numpy(rows).to(device), pinned.to(device, non_blocking=True))
-
+        starts = self._starts[tap][:-1] + [place * len(rows) * width for rows in self.batches]
+        found = empty(self.rows, width if columns is None else len(columns), device=_gpu(device))
+        copy = self._to_gpu(tap, found, columns) if found.is_cuda else self._to_host(tap, found, columns)
         if 4 * self.rows * width < _MUCH:  # whatever the columns, their pages are read
-            for batch in zip(self.batches, self._starts[tap][:-1], strict=True):
-                copy(*batch)
+            for number, start in enumerate(starts):
+                copy(number, start)
         else:
             with ThreadPoolExecutor(_THREADS) as pool:
-                list(pool.map(copy, self.batches, self._starts[tap][:-1]))
+                list(pool.map(copy, range(len(starts)), starts))
         return found if device is None else found.to(device)
+
+    def _to_host(self, tap: Tap, found: Tensor, columns: np.ndarray | None) -> Callable[[int, int], None]:
+        """What copies a batch that begins at some value of a tap's file to its rows of ``found``, in any thread."""
+        if tap not in self._arrays:
+            self._arrays[tap] = self._open(tap)
+        values, width = self._arrays[tap], self.widths[tap]
+
+        def copy(number: int, start: int) -> None:
+            rows = self.batches[number]
+            part = values[start : start + len(rows) * width].reshape(len(rows), width)
+            found.numpy()[rows] = part if columns is None else part[:, columns]
+
+        return copy
+
+    def _to_gpu(self, tap: Tap, found: Tensor, columns: np.ndarray | None) -> Callable[[int, int], None]:
+        """:meth:`_to_host` for a GPU, where columns are taken once a batch is there. It is read from the file itself:
+        to map memory is what takes most of the time otherwise.
+        """
+        device, stream, width = found.device, torch.cuda.current_stream(found.device), self.widths[tap]
+        sizes = [len(rows) for rows in self.batches]
+        places = torch.from_numpy(np.concatenate(self.batches)).to(device, torch.int64).split(sizes)
+        chosen = None if columns is None else torch.from_numpy(columns).to(device)
+
+        def copy(number: int, start: int) -> None:
+            with torch.cuda.device(device), torch.cuda.stream(stream), self._path(tap).open("rb", buffering=0) as file:
+                pinned = torch.empty(sizes[number], width, pin_memory=True)
+                file.seek(4 * start)
+                if file.readinto(pinned.numpy().data) != 4 * pinned.numel():
+                    raise OSError(f"{self._path(tap)} is shorter than it was.")
+                part = pinned.to(device, non_blocking=True)
+                found.index_copy_(0, places[number], part if chosen is None else part.index_select(1, chosen))
+
+        return copy
 
     def _room(self, values: int) -> np.ndarray:
         """The same memory each time: to be given new takes as long as to write it."""
@@ -232,6 +249,10 @@ def demand_writable(folder: str | Path) -> Path:
     except OSError as error:
         raise OutputFolderError(f"{folder} can't be written to: {error}. Choose another output folder.") from error
     return folder
+
+
+def _gpu(device: torch.device | None) -> torch.device | None:
+    return device if device is not None and device.type == "cuda" else None
 
 
 def _starts(values: int, batches: Sequence[np.ndarray]) -> np.ndarray:

@@ -11,19 +11,20 @@ from torch import Tensor
 
 # Numbers that a program multiplies at once. On an H100 both kernels read 2.9 TB/s of large features, cuBLAS 0.5 to 1.8.
 _VALUES, _FEATURES, _WARPS, _STAGES = 32, 128, 2, 4
+_LEAST_COLUMNS = 4  # one kernel serves up to as many vectors: to compile another takes longer than it would save
 _PROGRAMS = 1056  # of a sum over rows, which is split among them; eight for each processor of an H100
 
 
 def times(x: Tensor, vectors: Tensor) -> Tensor:
-    """``x @ vectors``: features ``(taps, rows, width)`` and ``(taps, width, vectors)``, float32, on CUDA; the last
-    dimension of both lies side by side in memory.
+    """``x @ vectors``: features ``(taps, rows, width)`` and ``(taps, width, vectors)``, float32, on CUDA. The vectors
+    lie one after another in memory, and the features of a row.
     """
     (taps, rows, width), count = x.shape, vectors.shape[2]
     found = x.new_empty(taps, rows, count)
     options = _options(count)
     with torch.cuda.device(x.device):  # Triton starts a kernel on the current device, whatever it is given
         _times[(triton.cdiv(rows, options["ROWS"]), taps)](
-            *(x, vectors, found, rows, width, x.stride(0), x.stride(1)), COUNT=count, **options
+            *(x, vectors, found, rows, width, count, x.stride(0), x.stride(1)), **options
         )
     return found
 
@@ -40,27 +41,27 @@ def transposed_times(x: Tensor, vectors: Tensor) -> Tensor:
     found = x.new_empty(parts, taps, width, count)
     with torch.cuda.device(x.device):
         _transposed_times[(blocks, parts, taps)](
-            *(x, vectors, found, rows, width, x.stride(0), x.stride(1)), COUNT=count, **options
+            *(x, vectors, found, rows, width, count, x.stride(0), x.stride(1)), **options
         )
     return found.sum(0)
 
 
 def _options(count: int) -> dict[str, int]:
-    columns = triton.next_power_of_2(count)
-    rows = max(1, _VALUES // columns)
+    columns = max(_LEAST_COLUMNS, triton.next_power_of_2(count))
+    rows = _VALUES // columns
     return {"COLUMNS": columns, "ROWS": rows, "FEATURES": _FEATURES, "num_warps": _WARPS, "num_stages": _STAGES}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "count"])
 def _times(
     x,
     vectors,
     found,
     rows,
     width,
+    count,
     tap_stride,
     row_stride,
-    COUNT: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -74,23 +75,23 @@ def _times(
         feature = first + tl.arange(0, FEATURES)
         inside = feature < width
         read = tl.load(base + feature[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0)
-        along = vectors + (tap * width + feature)[None, :] * COUNT + column[:, None]
-        vector = tl.load(along, mask=(column < COUNT)[:, None] & inside[None, :], other=0.0)
+        along = vectors + (tap * width + feature)[None, :] * count + column[:, None]
+        vector = tl.load(along, mask=(column < count)[:, None] & inside[None, :], other=0.0)
         total += read[None, :, :] * vector[:, None, :]
-    place = found + (tap * rows + row)[None, :] * COUNT + column[:, None]
-    tl.store(place, tl.sum(total, 2), mask=(column < COUNT)[:, None] & (row < rows)[None, :])
+    place = found + (tap * rows + row)[None, :] * count + column[:, None]
+    tl.store(place, tl.sum(total, 2), mask=(column < count)[:, None] & (row < rows)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "count"])
 def _transposed_times(
     x,
     vectors,
     found,
     rows,
     width,
+    count,
     tap_stride,
     row_stride,
-    COUNT: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -105,8 +106,8 @@ def _transposed_times(
         row = first + tl.arange(0, ROWS)
         real = row < rows
         read = tl.load(base + row.to(tl.int64)[:, None] * row_stride, mask=real[:, None] & inside[None, :], other=0.0)
-        along = vectors + (tap * rows + row)[None, :] * COUNT + column[:, None]
-        vector = tl.load(along, mask=(column < COUNT)[:, None] & real[None, :], other=0.0)
+        along = vectors + (tap * rows + row)[None, :] * count + column[:, None]
+        vector = tl.load(along, mask=(column < count)[:, None] & real[None, :], other=0.0)
         total += read[None, :, :] * vector[:, :, None]
-    place = found + ((part * tl.num_programs(2) + tap) * width + feature)[None, :] * COUNT + column[:, None]
-    tl.store(place, tl.sum(total, 1), mask=(column < COUNT)[:, None] & inside[None, :])
+    place = found + ((part * tl.num_programs(2) + tap) * width + feature)[None, :] * count + column[:, None]
+    tl.store(place, tl.sum(total, 1), mask=(column < count)[:, None] & inside[None, :])

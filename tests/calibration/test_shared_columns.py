@@ -20,7 +20,8 @@ TAPS = (Tap("hidden", 1), Tap("ffn", 1))
 
 @pytest.fixture
 def store(tmp_path):
-    widths, batches = {TAPS[0]: 6, TAPS[1]: 20}, [[3, 0, 4], [2, 1]]
+    widths = {TAPS[0]: 6, TAPS[1]: 20}
+    batches = [np.array([3, 0, 4], dtype=np.int32), [2, 1]]  # as they are kept, and as they are planned
     store = FeatureStore(tmp_path, widths=widths, poolings=("mean", "max"), batches=batches)
     store.create({})
     draws = np.random.default_rng(0)
