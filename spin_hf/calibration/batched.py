@@ -29,7 +29,7 @@ _PLAIN_STEPS = 100  # after which what is not solved is ill-conditioned: jumps m
 _JUMPING = 4.0  # times the seconds of steps, what jumps may take
 # Seconds of a step or jump and of what it reads or computes, on an H100; what counts is how they compare.
 _STEP, _BYTE, _JUMP, _OPERATION = 1e-4, 4e-13, 4e-3, 6e-14
-_PATIENCE = 20  # looks without a better gap anywhere after which rounding is taken to be the limit
+_PATIENCE = 10  # looks without a better gap anywhere after which rounding is taken to be the limit
 _LANCZOS_ROUNDS = 12
 _LEAST_WORKING = 512
 _MOST_WORKING = 0.75  # of the features: in place of more of them all are read

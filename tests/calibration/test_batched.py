@@ -220,7 +220,7 @@ def test_l1_heads_may_be_kept_from_columns():
 def test_weak_penalties_on_ill_conditioned_features_are_certified_by_jumps(kind):
     x, y, s = problem(kind, rows=200)
     mixing = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(1))).Q
-    x = x @ (mixing * torch.logspace(0, -2, 40)) @ mixing.T
+    x = x @ (mixing * torch.logspace(0, -1.5, 40)) @ mixing.T
     x = x / x.std(1, keepdim=True)
     thresholds = torch.tensor([1.0, 0.3, 0.1]).reshape(1, 1, 3, 1)
     found = solve_together(x, y, s, LOSSES[kind], L1(thresholds.expand(1, 40, -1, -1)), 3, tol=3e-4)
