@@ -218,18 +218,18 @@ def _reduced(values: Tensor, starts: np.ndarray) -> Tensor:
     return torch.cat([high, low, soft], 1)
 
 
-def all_features(t: Trial, directions: int = 1536, *, attended: bool = False) -> Outcome:
+def all_features(t: Trial, places: dict[str, Features], directions: int = 1536) -> Outcome:
     """L2 on the leading principal directions of all features: what is left out is shrunk anyway.
 
     Args:
+        places: of the features.
         directions: at most so many.
-        attended: the features under token weights, which each fold learns for itself; else mean and max.
     """
 
     def project(fold: int) -> Tensor:
-        parts, n = places.values(), len(t.folds.labels)
+        n = len(t.folds.labels)
         kernel, width = torch.zeros(n, n, device=t.device), 0
-        for features in parts:
+        for features in places.values():
             x = features(fold).to(t.device).float()
             x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
             kernel += x @ x.T
@@ -239,17 +239,13 @@ def all_features(t: Trial, directions: int = 1536, *, attended: bool = False) ->
         # Logits of a prior on all weights: each direction keeps its own scale.
         return (vectors[:, -count:] * values[-count:].clamp_min(0).sqrt()).cpu() * count**0.5
 
-    def make() -> Outcome:
-        return head(t.folds, [project(fold) for fold in range(FOLDS)] if attended else [project(0)] * FOLDS)
-
-    places = t.attended() if attended else t.places()
-    return t.keep(f"all {attended}", make)
+    return t.keep(f"all {sorted(places)}", lambda: head(t.folds, [project(fold) for fold in range(FOLDS)]))
 
 
-def average(t: Trial, *, attended: bool = False) -> Outcome:
-    """Half the scores of the selected head and half of those of :func:`all_features`."""
-    selected = t.selector.fit(t.attended()) if attended else t.base()
-    return Outcome((selected.scores + all_features(t, attended=attended).scores) / 2, selected.features)
+def average(t: Trial, lever: str, places: dict[str, Features]) -> Outcome:
+    """Half the scores of a lever, half of :func:`all_features` of some places."""
+    selected = t.outcome(lever)
+    return Outcome((selected.scores + all_features(t, places).scores) / 2, selected.features)
 
 
 def stacking(t: Trial) -> Outcome:
@@ -297,10 +293,12 @@ LEVERS: dict[str, Callable[[Trial], Outcome]] = {
     "directions": directions,
     **{name: beside(name) for name in ("std", "min", "top3", "ends", "halves")},
     "attn": lambda t: t.selector.fit(t.places((*t.kinds, "attn"))),
-    "all features": all_features,
-    "average": average,
-    "attention only, all features": lambda t: all_features(t, attended=True),
-    "attention only, average": lambda t: average(t, attended=True),
+    "all features": lambda t: all_features(t, t.places()),
+    "average": lambda t: average(t, "mean and max", t.places()),
+    "attention only, all features": lambda t: all_features(t, t.attended()),
+    "attention only, average": lambda t: average(t, "attention only", t.attended()),
+    "attention only, all hidden features": lambda t: all_features(t, t.attended(ffn=None)),
+    "attention only, average with all hidden": lambda t: average(t, "attention only", t.attended(ffn=None)),
     "stacking": stacking,
     "fewer rows": fewer_rows,
     "last token": lambda t: t.selector.fit(t.last(PLAIN)),
