@@ -327,7 +327,7 @@ def features(taps: Sequence[Tap], texts: list[str], folder: Path, device: str) -
         store = FeatureStore(Path(place), widths=widths, poolings=["mean"], batches=batches)
         store.create({})
         extract(model.spin, encoded, store, range(len(batches)), 0, lambda tokens: None)
-        return {tap: store.read(tap, "mean", device=device) for tap in taps}
+        return {tap: store.read(tap, "mean", device=torch.device(device)) for tap in taps}
 
 
 def main() -> None:

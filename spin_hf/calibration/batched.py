@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .halving import is_out_of_memory
-from .jump import Elastic, jump
+from .jump import Elastic, jump, weights_at_once
 from .losses import Loss
 from .products import ALIGNED, times, transposed_times
 from .replay import Replay, can_replay
@@ -184,7 +184,9 @@ def solve_together(
     rows, kept = torch.arange(shape[0], device=x.device), torch.arange(columns, device=x.device)
     state = _State.begin(weight, intercept)
     steps = since_better = 0
-    credit = 0.0  # seconds that jumps may take: whichever of steps and jumps serves, the other does not take long
+    # Seconds that jumps may take: whichever of steps and jumps serves, the other does not take long. Of the small
+    # problems that a CPU solves together a jump takes no longer than some steps.
+    credit = float("inf") if x.is_cpu else 0.0
     while True:
         objective, gap, balanced = batch.certify(state.weight, state.intercept, penalty)
         last = found.gap[rows[:, None], kept]
@@ -212,7 +214,7 @@ def solve_together(
         count = _CHECK_EVERY if steps < _PLAIN_STEPS else 2 * _CHECK_EVERY
         state = batch.advance(state, penalty, count)
         steps += count
-        credit += _JUMPING * count * batch.step_seconds
+        credit += _JUMPING * count * batch.step_seconds(state)
 
 
 def solve_sparse(
@@ -233,9 +235,9 @@ def solve_sparse(
     """
     columns, width = thresholds.shape[2], x.shape[2]
 
-    def on_all(start: Tensor, intercept: Tensor | None) -> Solutions:
+    def on_all(weight: Tensor, intercept: Tensor | None) -> Solutions:
         penalty = L1(thresholds)
-        return solve_together(x, y, s, loss, penalty, columns, start=start, start_intercept=intercept, tol=tol)
+        return solve_together(x, y, s, loss, penalty, columns, start=weight, start_intercept=intercept, tol=tol)
 
     if width <= _NARROW or (width <= _WIDE and x[0].numel() <= _MOST_READ):
         return on_all(start, start_intercept)
@@ -311,8 +313,8 @@ class _Batch:
     @functools.cached_property
     def bound(self) -> Tensor:
         """Of the Hessian, ``(B, 1, 1, 1)``: the largest curvature of a row times the largest eigenvalue of the Gram
-        matrix of features and intercept, by Lanczos' method: what it found, and how far the eigenvalue is from that at
-        most.
+        matrix of features and intercept, by Lanczos' method: what it found, and its residual. A start without any part
+        in the leading direction would miss it; steps that are too long for once restart, and no gap depends on it.
         """
         s = self.row_weights.amax(-1)[None]  # (1, n, 1)
         vector = torch.cat([self.x[:, :1].mT + 1e-3, self.x.new_ones(len(self.x), 1, 1)], 1)
@@ -331,8 +333,8 @@ class _Batch:
             sides.append(side[:, 0, 0])
         between = torch.stack(sides[:-1], 1).diag_embed(1)
         tridiagonal = torch.stack(levels, 1).diag_embed() + between + between.mT
-        values, vectors = torch.linalg.eigh(tridiagonal.double().cpu())
-        largest = values[:, -1] + (sides[-1].double().cpu() * vectors[:, -1, -1]).abs()
+        values, vectors = torch.linalg.eigh(tridiagonal.cpu().double())
+        largest = values[:, -1] + (sides[-1].cpu().double() * vectors[:, -1, -1]).abs()
         bound: Tensor = 1.01 * self.loss.bound * largest.to(self.x)[:, None, None, None]
         return bound.clamp_min(1e-30)
 
@@ -382,16 +384,19 @@ class _Batch:
         speed = (momentum - 1) / following
         return _State(weight, intercept, weight + speed * moved, intercept + speed * back, following)
 
-    @property
-    def step_seconds(self) -> float:
-        """About what a step takes: the features are read twice."""
-        return _STEP + 2 * 4 * self.x.numel() * _BYTE
+    def step_seconds(self, state: _State) -> float:
+        """About what a step takes: the features are read twice, the scores read or written ten times."""
+        scores = self.x.shape[0] * self.x.shape[1] * state.weight[0, 0].numel()
+        return _STEP + 4 * (2 * self.x.numel() + 10 * scores) * _BYTE
 
     def jump_seconds(self, state: _State) -> Tensor:
         """About what a jump of each problem takes ``(B, C)``, most of it for the Hessian of the weights not zero."""
-        weights = (state.weight != 0).sum(1)  # (B, C, K)
-        squares = weights.sum(-1).square() if self.loss.coupled else weights.square().sum(-1)
-        return _JUMP + 2 * self.x.shape[1] * squares * _OPERATION
+        rows, weights = self.x.shape[1], (state.weight != 0).sum(1).double()  # (B, C, K)
+        together = weights.sum(-1, keepdim=True) if self.loss.coupled else weights
+        most = weights_at_once(rows)
+        operations = 2 * rows * together * together.clamp(max=most)
+        seconds: Tensor = _JUMP * (together / most).ceil() + _OPERATION * operations
+        return seconds.sum(-1)
 
     def jump_worst(self, state: _State, penalty: Penalty, intercepts: Tensor, gaps: Tensor, seconds: float) -> float:
         """:meth:`jump` with the problems of the largest gaps ``(B, C)``, as many as this time serves; what it took."""

@@ -182,7 +182,7 @@ class HeadFitter:
         if x.shape[1] and pays(x.device, len(x), x.shape[1], y.shape[1]):
             values = 1 if self.penalty == "l1" else len(_LOGIT_VARIANCES)
             each = solver_bytes(len(x), x.shape[1], values, y.shape[1])
-            count = most_together(each, shared=2 * 4 * x.numel())
+            count = most_together(each, shared=2 * 4 * x.numel() + (self.shared.bytes if self.shared else 0))
 
             def solve(group: Sequence[Tensor]) -> list[list[Tensor]]:
                 try:

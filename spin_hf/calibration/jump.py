@@ -77,12 +77,17 @@ def jump(
         weight = weight - weight.median(1, keepdim=True).values
     for _ in range(_IN_A_ROW):
         done = True
-        for own in penalty.support(weight).T.nonzero().split(min(_MOST_WEIGHTS, max(1, _MOST_VALUES // len(x)))):
+        for own in penalty.support(weight).T.nonzero().split(weights_at_once(len(x))):
             weight, intercept, full = _step(x, y, s, loss, penalty, weight, intercept, *own.unbind(1))
             done = done and full
         if done:
             break
     return weight, intercept
+
+
+def weights_at_once(rows: int) -> int:
+    """How many weights jump together, with so many rows."""
+    return min(_MOST_WEIGHTS, max(1, _MOST_VALUES // rows))
 
 
 def _step(

@@ -105,5 +105,5 @@ def _usable(values: Tensor) -> bool:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether kernels can be written for a GPU."""
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None

@@ -10,6 +10,7 @@ from torch import Tensor
 from .one_pass import has_triton
 
 _FEW = 8  # vectors up to which the kernels are quicker
+_LEAST_CAPABILITY = (7, 0)  # that Triton compiles for
 ALIGNED = 16  # features of which the width is a multiple: what begins anywhere in memory is read more slowly
 
 
@@ -17,20 +18,22 @@ def times(x: Tensor, vectors: Tensor) -> Tensor:
     """``x @ vectors``: features ``(taps, rows, width)`` and vectors ``(taps, width, count)``, float32."""
     if not _by_kernel(x, vectors):
         return torch.bmm(x, vectors)
-    from .triton_products import times
+    from . import triton_products
 
-    return times(x, vectors.contiguous())
+    return triton_products.times(x, vectors.contiguous())
 
 
 def transposed_times(x: Tensor, vectors: Tensor) -> Tensor:
     """``x.mT @ vectors``: features ``(taps, rows, width)`` and vectors ``(taps, rows, count)``, float32."""
     if not _by_kernel(x, vectors):
         return torch.bmm(x.mT, vectors)
-    from .triton_products import transposed_times
+    from . import triton_products
 
-    return transposed_times(x, vectors.contiguous())
+    return triton_products.transposed_times(x, vectors.contiguous())
 
 
 def _by_kernel(x: Tensor, vectors: Tensor) -> bool:
-    few, aligned = vectors.shape[2] <= _FEW, x.shape[2] % ALIGNED == 0 and x.is_contiguous()
-    return x.is_cuda and few and aligned and has_triton()
+    if not (x.is_cuda and has_triton() and torch.cuda.get_device_capability(x.device) >= _LEAST_CAPABILITY):
+        return False
+    width, plain = x.shape[2], x.dtype == vectors.dtype == torch.float32 and x.is_contiguous()
+    return plain and 0 < vectors.shape[2] <= _FEW and width > 0 and width % ALIGNED == 0

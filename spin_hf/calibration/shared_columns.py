@@ -12,6 +12,7 @@ from torch import Tensor
 from ..features import FeatureGroup
 from ..taps import Tap
 from .blocks import empty, slices, take_rows
+from .halving import is_out_of_memory
 from .store import FeatureStore
 
 _MOST_BYTES = 2**31  # of a matrix on a device, which also holds parts of it for each fold
@@ -34,17 +35,16 @@ class SharedColumns:
     Args:
         store: what to read from, also what is not among the wanted.
         wanted: neurons of each tap and pooling, ascending.
-        device: where the heads are fitted, and the matrix lies unless it takes much of that memory.
+        device: where the heads are fitted; there lies the matrix, up to 2 GB and where there is room, else in memory.
     """
 
-    def __init__(
-        self, store: FeatureStore, wanted: Mapping[tuple[Tap, str], np.ndarray], device: torch.device | None = None
-    ) -> None:
+    def __init__(self, store: FeatureStore, wanted: Mapping[tuple[Tap, str], np.ndarray], device: torch.device) -> None:
         self._store, self._wanted = store, dict(wanted)
         stops = np.cumsum([0, *(len(neurons) for neurons in wanted.values())]).tolist()
         self._places = {place: slice(*stops[i : i + 2]) for i, place in enumerate(wanted)}
         self._shape = stops[-1], store.rows
-        self._device = device if 4 * stops[-1] * store.rows <= _MOST_BYTES else None
+        self._on_device = 4 * stops[-1] * store.rows <= _MOST_BYTES
+        self._device = device if self._on_device else None
         self._matrix: Tensor | None = None  # (columns, n)
         self._filled: set[tuple[Tap, str]] = set()
 
@@ -57,8 +57,23 @@ class SharedColumns:
             masks.setdefault(place, np.zeros(store.widths[group.tap], dtype=bool))[group.neurons.numpy()] = True
         return cls(store, {place: np.flatnonzero(mask) for place, mask in masks.items()}, device)
 
+    @property
+    def bytes(self) -> int:
+        """Of the matrix, where it is meant for the device."""
+        return 4 * self._shape[0] * self._shape[1] if self._on_device else 0
+
     def read(self, tap: Tap, pooling: str, columns: np.ndarray) -> Tensor:
-        """Features of all texts ``(n, columns)``; a copy, a column side by side."""
+        """Features of all texts ``(n, columns)``, on the device or the CPU; a copy, a column side by side."""
+        try:
+            return self._read(tap, pooling, columns)
+        except RuntimeError as error:
+            if self._device is None or not is_out_of_memory(error):
+                raise
+        self._device, self._matrix = None, None
+        self._filled.clear()
+        return self._read(tap, pooling, columns)
+
+    def _read(self, tap: Tap, pooling: str, columns: np.ndarray) -> Tensor:
         place = tap, pooling
         known = self._wanted.get(place, columns[:0])
         found = np.searchsorted(known, columns)

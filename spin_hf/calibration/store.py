@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -147,7 +148,7 @@ class FeatureStore:
     def read(
         self, tap: Tap, pooling: str, columns: np.ndarray | None = None, *, device: torch.device | None = None
     ) -> Tensor:
-        """The features ``(n, width)`` of a tap and pooling, or of some of its columns, on the device; a copy."""
+        """A copy of the features ``(n, width)`` of a tap and pooling, or of some columns, on this device or the CPU."""
         width, place = self.widths[tap], self.poolings.index(pooling)
         starts = self._starts[tap][:-1] + [place * len(rows) * width for rows in self.batches]
         found = empty(self.rows, width if columns is None else len(columns), device=_gpu(device))
@@ -181,14 +182,22 @@ class FeatureStore:
         sizes = [len(rows) for rows in self.batches]
         places = torch.from_numpy(np.concatenate(self.batches)).to(device, torch.int64).split(sizes)
         chosen = None if columns is None else torch.from_numpy(columns).to(device)
+        own = threading.local()  # of a thread: where it reads to, and the end of what is sent from there
 
         def copy(number: int, start: int) -> None:
-            with torch.cuda.device(device), torch.cuda.stream(stream), self._path(tap).open("rb", buffering=0) as file:
-                pinned = torch.empty(sizes[number], width, pin_memory=True)
+            with torch.cuda.stream(stream), self._path(tap).open("rb") as file:
+                if not hasattr(own, "values"):
+                    own.values, own.sent = _pinned(max(sizes) * width), torch.cuda.Event()
+                own.sent.synchronize()
+                read = own.values[: sizes[number] * width]
                 file.seek(4 * start)
-                if file.readinto(pinned.numpy().data) != 4 * pinned.numel():
-                    raise OSError(f"{self._path(tap)} is shorter than it was.")
-                part = pinned.to(device, non_blocking=True)
+                if file.readinto(read.numpy().data) != 4 * len(read):
+                    raise OSError(
+                        f"{self._path(tap)} is shorter than when it was opened. The same call with another cache_dir "
+                        "reads the texts anew."
+                    )
+                part = read.view(sizes[number], width).to(device, non_blocking=True)
+                own.sent.record()
                 found.index_copy_(0, places[number], part if chosen is None else part.index_select(1, chosen))
 
         return copy
@@ -249,6 +258,14 @@ def demand_writable(folder: str | Path) -> Path:
     except OSError as error:
         raise OutputFolderError(f"{folder} can't be written to: {error}. Choose another output folder.") from error
     return folder
+
+
+def _pinned(values: int) -> Tensor:
+    """Memory that a GPU copies from by itself, or other memory where no more of it is to be had."""
+    try:
+        return torch.empty(values, pin_memory=True)
+    except RuntimeError:
+        return torch.empty(values)
 
 
 def _gpu(device: torch.device | None) -> torch.device | None:

@@ -185,7 +185,7 @@ def _train(
         )
     )
     epochs = max(_EPOCHS, -(-_LEAST_STEPS // len(steps)))
-    optimiser = torch.optim.Adam(model.parameters(), lr=_RATE, betas=(0.9, 0.98), fused=device.type == "cuda")
+    optimiser = torch.optim.Adam(model.parameters(), lr=_RATE, betas=(0.9, 0.98), fused=device.type == "cuda" or None)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, epochs * len(steps))
     draw = torch.Generator().manual_seed(seed)
     total = s[learned].mean(1).sum()

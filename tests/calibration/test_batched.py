@@ -57,7 +57,7 @@ def test_paths_solved_together_are_those_solved_alone(kind, weighted):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", LOSSES)
 def test_steps_that_a_gpu_replays_are_those_that_it_is_told_one_by_one(kind, monkeypatch):
-    x, y, s = problem(kind)
+    x, y, s = problem(kind, width=48)  # read by kernels of our own
     thresholds = torch.tensor([100.0, 30.0, 10.0, 1.0]).expand(1, x.shape[2], 4)[..., None].cuda()
 
     def solved():
@@ -164,9 +164,44 @@ def test_folds_that_are_small_enough_to_be_solved_together_beside_a_whole_that_i
             assert stop_early or len(scores) == 4
 
 
-@pytest.mark.parametrize(("wide", "most_read"), [(10, 2**25), (2048, 1000)])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("spread", [0.0, -1.0, -3.0])
+def test_the_bound_is_hardly_more_than_the_largest_curvature(spread, seed):
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 60, 30, generator=random) * torch.logspace(0, spread, 30) + seed
+    s = torch.rand(60, 1, generator=random) + 0.1
+    batch = batched._Batch(x, torch.ones(60, 1), s, Logistic())
+    rows = torch.cat([x, torch.ones(3, 60, 1)], 2).double()
+    largest = Logistic.bound * torch.linalg.eigvalsh(rows.mT @ (s.double() * rows))[:, -1]
+    ratio = batch.bound[:, 0, 0, 0].double() / largest
+    assert float(ratio.min()) >= 1.0
+    assert float(ratio.max()) <= 1.3
+
+
 @pytest.mark.parametrize("kind", LOSSES)
-def test_wide_features_are_solved_by_working_sets(kind, wide, most_read, monkeypatch):
+def test_jumps_take_no_more_time_than_they_are_given(kind):
+    x, y, s = problem(kind)
+    penalty = L1(torch.ones(1, 40, 2, 1))
+    batch = batched._Batch(x, y, s, LOSSES[kind])
+    weight = torch.randn(3, 40, 2, y.shape[1], generator=torch.Generator().manual_seed(1))
+    state = batched._State.begin(weight, torch.zeros(3, 1, 2, y.shape[1]))
+    costs = batch.jump_seconds(state)
+    gaps = torch.tensor([[0.1, 0.0], [0.3, 0.2], [0.0, 0.4]])
+    worst = [(2, 1), (1, 0), (1, 1), (0, 0)]
+    jumped = []
+    batch.jump = lambda state, penalty, intercepts, row, column: jumped.append((row, column))
+    for count in range(5):
+        jumped.clear()
+        given = sum(float(costs[spot]) for spot in worst[:count])
+        assert batch.jump_worst(state, penalty, state.intercept[:, 0], gaps, given * 1.001) == pytest.approx(given)
+        assert jumped == worst[:count]
+
+
+@pytest.mark.parametrize(("wide", "most_read"), [(10, 2**25), (2048, 1000)])
+@pytest.mark.parametrize("most_working", [0.75, 1.0])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_wide_features_are_solved_by_working_sets(kind, most_working, wide, most_read, monkeypatch):
+    monkeypatch.setattr(batched, "_MOST_WORKING", most_working)  # and above it, at last, on all features
     x, y, s = problem(kind, width=90)
     thresholds = (1 / torch.tensor(GRID)).reshape(1, 1, -1, 1).expand(1, 90, -1, 1)
     start = x.new_zeros(3, len(GRID), y.shape[1], 90)
@@ -184,6 +219,8 @@ def test_wide_features_are_solved_by_working_sets(kind, wide, most_read, monkeyp
     monkeypatch.setattr(batched, "solve_together", solving)
     parts = solve_sparse(x, y, s, LOSSES[kind], thresholds, start, None, 1e-3)
     assert widths[0] == 20
+    assert most_working == 1.0 or widths[-1] == 90
+    assert most_working < 1.0 or sum(20 < width < 90 for width in widths) > 0
     assert float(parts.gap.max()) <= 1e-3
     torch.testing.assert_close(parts.objective, whole.objective, rtol=2e-3, atol=0)
 

@@ -8,8 +8,10 @@ from spin_hf.calibration.products import times, transposed_times
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 8, 9])
-@pytest.mark.parametrize("shape", [(3, 1, 1), (2, 130, 80), (1, 3000, 528), (1, 300, 515), (5, 67, 384)])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 16), (2, 5, 16), (1, 2, 144), (2, 130, 80), (1, 3000, 528), (1, 300, 515), (5, 67, 384)]
+)
 @pytest.mark.parametrize("device", DEVICES)
 def test_they_are_those_of_float64(device, shape, count):
     random = torch.Generator().manual_seed(count)

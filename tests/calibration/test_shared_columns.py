@@ -46,6 +46,22 @@ def test_it_reads_what_the_store_reads(store, device, room, monkeypatch):
     assert torch.equal(found.cpu(), store.read(TAPS[0], "max")[:, [0, 5]])
 
 
+def test_where_the_device_has_no_room_the_matrix_lies_in_memory(store, monkeypatch):
+    asked, plain = [], shared_columns.empty
+
+    def full(*shape, device=None):
+        asked.append(device)
+        if device is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(*shape)
+
+    monkeypatch.setattr(shared_columns, "empty", full)
+    shared = SharedColumns(store, {(TAPS[0], "mean"): np.array([1, 4])}, torch.device("cpu"))
+    for columns in (np.array([4]), np.array([1, 4])):
+        assert torch.equal(shared.read(TAPS[0], "mean", columns), store.read(TAPS[0], "mean", columns))
+    assert asked == [torch.device("cpu"), None]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("much", [0, 2**26])
 def test_a_store_reads_to_the_device(store, device, much, monkeypatch):
