@@ -185,7 +185,8 @@ class FeatureStore:
         own = threading.local()  # of a thread: where it reads to, and the end of what is sent from there
 
         def copy(number: int, start: int) -> None:
-            with torch.cuda.stream(stream), self._path(tap).open("rb") as file:
+            # A thread begins on the first GPU, and a stream alone would lead it back there.
+            with torch.cuda.device(device), torch.cuda.stream(stream), self._path(tap).open("rb") as file:
                 if not hasattr(own, "values"):
                     own.values, own.sent = _pinned(max(sizes) * width), torch.cuda.Event()
                 own.sent.synchronize()
@@ -263,9 +264,9 @@ def demand_writable(folder: str | Path) -> Path:
 def _pinned(values: int) -> Tensor:
     """Memory that a GPU copies from by itself, or other memory where no more of it is to be had."""
     try:
-        return torch.empty(values, pin_memory=True)
+        return torch.empty(values, dtype=torch.float32, pin_memory=True)
     except RuntimeError:
-        return torch.empty(values)
+        return torch.empty(values, dtype=torch.float32)
 
 
 def _gpu(device: torch.device | None) -> torch.device | None:
