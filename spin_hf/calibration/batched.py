@@ -12,24 +12,24 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .halving import is_out_of_memory
-from .jump import Elastic, jump, weights_at_once
+from .jump import jump, weights_at_once
 from .losses import Loss
+from .penalties import L1, Penalty, take
 from .products import ALIGNED, times, transposed_times
 from .replay import Replay, can_replay
 from .solver import balance
 
 _CHECK_EVERY = 25  # steps between two looks at the gaps
-_PLAIN_STEPS = 100  # after which what is not solved is ill-conditioned: jumps may pay, and looks are rarer
+_PLAIN_STEPS = 100  # after which what is not solved is ill-conditioned: jumps may pay, and a GPU looks half as often
 _JUMPING = 4.0  # times the seconds of steps, what jumps may take
 # Seconds of a step or jump and of what it reads or computes, on an H100; what counts is how they compare.
 _STEP, _BYTE, _JUMP, _OPERATION = 1e-4, 4e-13, 4e-3, 6e-14
-_PATIENCE = 10  # looks without a better gap anywhere after which rounding is taken to be the limit
+_PATIENCE = 500  # steps without a better gap anywhere after which rounding is taken to be the limit
 _LANCZOS_ROUNDS = 12
 _LEAST_WORKING = 512
 _MOST_WORKING = 0.75  # of the features: in place of more of them all are read
@@ -45,91 +45,6 @@ def pays(device: torch.device, rows: int, width: int, outputs: int) -> bool:
     if device.type != "cpu":
         return True
     return width <= _SMALL_WIDTH and rows * width <= _SMALL and rows * width * outputs <= _SMALL_IN_ALL
-
-
-class Penalty(Protocol):
-    """Of the weights ``(B, d, C, K)``; ``B`` is 1 where it is the same for all."""
-
-    def shrink(self, weight: Tensor, step: Tensor) -> Tensor:
-        """The proximal operator of ``step`` ``(B, 1, 1, 1)`` times the penalty."""
-        ...
-
-    def value(self, weight: Tensor) -> Tensor:
-        """``(B, C, K)``, float64."""
-        ...
-
-    def scale(self, gradient: Tensor, *, coupled: bool) -> Tensor:
-        """What to multiply the residuals by so that they are dual feasible, ``(B, C, K)``, from minus the gradient."""
-        ...
-
-    def conjugate(self, gradient: Tensor) -> Tensor:
-        """What the penalty takes off the dual objective, ``(B, C, K)``, float64."""
-        ...
-
-    def take(self, rows: Tensor, columns: Tensor) -> Penalty:
-        """Of some of the ``B`` and of the ``C``."""
-        ...
-
-    def of(self, row: int, column: int) -> Elastic:
-        """Of one problem."""
-        ...
-
-
-@dataclass(frozen=True)
-class L1:
-    """``sum_j threshold_j |w_j|``, thresholds ``(B, d, C, 1)``; infinite where a weight may not enter."""
-
-    thresholds: Tensor
-
-    def shrink(self, weight: Tensor, step: Tensor) -> Tensor:
-        threshold = self.thresholds * step
-        return weight - weight.clamp(-threshold, threshold)
-
-    def value(self, weight: Tensor) -> Tensor:
-        return (self.thresholds * weight.abs()).masked_fill(weight == 0, 0.0).sum(1, dtype=torch.float64)
-
-    def scale(self, gradient: Tensor, *, coupled: bool) -> Tensor:
-        peak = (gradient.abs() / self.thresholds).amax(1).double()
-        if coupled:
-            peak = peak.amax(-1, keepdim=True).expand_as(peak)
-        return 1.0 / peak.clamp_min(1.0)
-
-    def conjugate(self, gradient: Tensor) -> Tensor:
-        return torch.zeros_like(gradient[:, 0], dtype=torch.float64)
-
-    def take(self, rows: Tensor, columns: Tensor) -> L1:
-        return L1(_take(self.thresholds, rows, columns))
-
-    def of(self, row: int, column: int) -> Elastic:
-        threshold = self.thresholds[row % len(self.thresholds), :, column % self.thresholds.shape[2]]
-        return Elastic(threshold, threshold.new_zeros(()), None)
-
-
-@dataclass(frozen=True)
-class L2:
-    """``ridge / 2 * sum_j w_j^2`` over the members ``(1, d, C, 1)``, ridge ``(1, 1, C, 1)``; others stay zero."""
-
-    ridge: Tensor
-    members: Tensor
-
-    def shrink(self, weight: Tensor, step: Tensor) -> Tensor:
-        return weight * (self.members / (1.0 + step * self.ridge))
-
-    def value(self, weight: Tensor) -> Tensor:
-        return (self.ridge / 2 * weight.square()).sum(1, dtype=torch.float64)
-
-    def scale(self, gradient: Tensor, *, coupled: bool) -> Tensor:
-        return torch.ones_like(gradient[:, 0], dtype=torch.float64)
-
-    def conjugate(self, gradient: Tensor) -> Tensor:
-        return (self.members * gradient.square() / (2 * self.ridge)).sum(1, dtype=torch.float64)
-
-    def take(self, rows: Tensor, columns: Tensor) -> L2:
-        return L2(_take(self.ridge, rows, columns), _take(self.members, rows, columns))
-
-    def of(self, row: int, column: int) -> Elastic:
-        members = self.members[0, :, column]
-        return Elastic(torch.zeros_like(members), self.ridge[0, 0, column, 0], members)
 
 
 @dataclass(frozen=True)
@@ -183,7 +98,7 @@ def solve_together(
     )
     rows, kept = torch.arange(shape[0], device=x.device), torch.arange(columns, device=x.device)
     state = _State.begin(weight, intercept)
-    steps = since_better = 0
+    steps = since_better = count = 0
     # Seconds that jumps may take: whichever of steps and jumps serves, the other does not take long. Of the small
     # problems that a CPU solves together a jump takes no longer than some steps.
     credit = float("inf") if x.is_cpu else 0.0
@@ -192,7 +107,7 @@ def solve_together(
         last = found.gap[rows[:, None], kept]
         better = gap < last
         gained = bool(((gap < 0.9 * last) & (last > tol)).any())
-        since_better = 0 if gained else since_better + 1
+        since_better = 0 if gained else since_better + count
         spots = torch.where(better)
         at = rows[spots[0]], kept[spots[1]]
         found.weight[at] = state.weight.permute(0, 2, 3, 1)[spots]
@@ -211,7 +126,7 @@ def solve_together(
         if steps >= _PLAIN_STEPS:
             gaps = found.gap[rows[:, None], kept].masked_fill(~left, 0.0)
             credit -= batch.jump_worst(state, penalty, balanced, gaps, credit)
-        count = _CHECK_EVERY if steps < _PLAIN_STEPS else 2 * _CHECK_EVERY
+        count = _CHECK_EVERY if x.is_cpu or steps < _PLAIN_STEPS else 2 * _CHECK_EVERY
         state = batch.advance(state, penalty, count)
         steps += count
         credit += _JUMPING * count * batch.step_seconds(state)
@@ -293,7 +208,7 @@ class _State:
         return list(vars(self).values())
 
     def take(self, rows: Tensor, columns: Tensor) -> _State:
-        return _State(*(_take(part, rows, columns) for part in self.parts()))
+        return _State(*(take(part, rows, columns) for part in self.parts()))
 
 
 class _Batch:
@@ -445,9 +360,3 @@ class _Batch:
         scores = self.scores(found.weight.permute(0, 3, 1, 2)) + found.intercept[:, None]
         residual = self.loss.residual(scores, self.targets, self.row_weights)
         return (self.pull(residual).abs() / thresholds).amax((2, 3))
-
-
-def _take(part: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Some rows and columns of ``(B, d, C, ...)``, where it has more than one of them."""
-    part = part if len(part) == 1 else part[rows]
-    return part if part.shape[2] == 1 or len(columns) == part.shape[2] else part[:, :, columns]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,15 +13,18 @@ from torch import Tensor
 
 from ..features import FeatureGroup
 from ..taps import Tap
-from .batched import L1, L2, Penalty, pays, solve_together
+from .batched import pays, solve_together
 from .blocks import empty, take_columns
 from .halving import in_halves, is_out_of_memory, no_room_to_solve
+from .penalties import L1, L2, Penalty
 from .probes import Labelled, Probe, most_together, solver_bytes, standardise
 from .ridge import curvature_gram, solve_ridge
 from .selection import Candidate, Columns, combinations, members
 from .shared_columns import Readable, SharedColumns
 from .solver import PathPoint, solve_path
 from .store import FeatureStore
+
+T = TypeVar("T")
 
 # Inverse penalties of a head, times its number of features: the prior variance of a logit of uncorrelated features.
 _LOGIT_VARIANCES = (0.1, 0.4, 1.6, 6.4, 25.6)
@@ -176,7 +180,7 @@ class HeadFitter:
     ) -> Iterator[tuple[float, list[Tensor]]]:
         """For each eta, the scores on the held-out rows at each C. All etas share the widest one's matrix and Gram."""
         columns = columns.take(columns.kept(etas[-1], depth))
-        x, held = columns.read(self._source, self.device, rows, held_out)
+        x, held = self._with_room(lambda: columns.read(self._source, self.device, rows, held_out))
         y, s, loss = self.data.targets[rows], self.data.weights[rows], self.data.task.loss
         indices = [torch.from_numpy(np.flatnonzero(columns.kept(eta, depth))).to(self.device) for eta in etas]
         if x.shape[1] and pays(x.device, len(x), x.shape[1], y.shape[1]):
@@ -186,7 +190,7 @@ class HeadFitter:
 
             def solve(group: Sequence[Tensor]) -> list[list[Tensor]]:
                 try:
-                    return list(self._fit_together(x, held, columns, group, rows))
+                    return self._with_room(lambda: list(self._fit_together(x, held, columns, group, rows)))
                 except (RuntimeError, MemoryError) as error:
                     if len(group) == 1 and is_out_of_memory(error):
                         raise no_room_to_solve("A head", len(x), x.device, error) from error
@@ -218,6 +222,15 @@ class HeadFitter:
                     gram = curvature_gram(take_columns(x, sharing[-1]), loss.curvature(z, s.double().to(z.device)))
             own = take_columns(held, index)
             yield eta, [own @ p.weight.T + p.intercept for p in points]
+
+    def _with_room(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives; once more, without the shared matrix, where the device has no room for both."""
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not (is_out_of_memory(error) and self.shared and self.shared.leave_device()):
+                raise
+        return work()
 
     def _fit_together(
         self, x: Tensor, held_out: Tensor, columns: Columns, indices: Sequence[Tensor], rows: np.ndarray

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..features import FeatureGroup
 from ..taps import Tap
 from .blocks import empty, slices, take_rows
-from .halving import is_out_of_memory
 from .store import FeatureStore
 
 _MOST_BYTES = 2**31  # of a matrix on a device, which also holds parts of it for each fold
@@ -35,7 +34,10 @@ class SharedColumns:
     Args:
         store: what to read from, also what is not among the wanted.
         wanted: neurons of each tap and pooling, ascending.
-        device: where the heads are fitted; there lies the matrix, up to 2 GB and where there is room, else in memory.
+        device: where the heads are fitted, and the matrix lies if it is no larger than 2 GB; else it lies in memory.
+
+    Attributes:
+        bytes: of the matrix, if it is meant for a device other than the CPU.
     """
 
     def __init__(self, store: FeatureStore, wanted: Mapping[tuple[Tap, str], np.ndarray], device: torch.device) -> None:
@@ -43,8 +45,9 @@ class SharedColumns:
         stops = np.cumsum([0, *(len(neurons) for neurons in wanted.values())]).tolist()
         self._places = {place: slice(*stops[i : i + 2]) for i, place in enumerate(wanted)}
         self._shape = stops[-1], store.rows
-        self._on_device = 4 * stops[-1] * store.rows <= _MOST_BYTES
-        self._device = device if self._on_device else None
+        there = device.type != "cpu" and 4 * stops[-1] * store.rows <= _MOST_BYTES
+        self.bytes = 4 * stops[-1] * store.rows if there else 0
+        self._device = device if there else None
         self._matrix: Tensor | None = None  # (columns, n)
         self._filled: set[tuple[Tap, str]] = set()
 
@@ -57,23 +60,17 @@ class SharedColumns:
             masks.setdefault(place, np.zeros(store.widths[group.tap], dtype=bool))[group.neurons.numpy()] = True
         return cls(store, {place: np.flatnonzero(mask) for place, mask in masks.items()}, device)
 
-    @property
-    def bytes(self) -> int:
-        """Of the matrix, where it is meant for the device."""
-        return 4 * self._shape[0] * self._shape[1] if self._on_device else 0
+    def leave_device(self) -> bool:
+        """From now on lie in memory; whether that was not so."""
+        moved = self._device is not None
+        self._device = None
+        if moved:
+            self._matrix = None
+            self._filled.clear()
+        return moved
 
     def read(self, tap: Tap, pooling: str, columns: np.ndarray) -> Tensor:
         """Features of all texts ``(n, columns)``, on the device or the CPU; a copy, a column side by side."""
-        try:
-            return self._read(tap, pooling, columns)
-        except RuntimeError as error:
-            if self._device is None or not is_out_of_memory(error):
-                raise
-        self._device, self._matrix = None, None
-        self._filled.clear()
-        return self._read(tap, pooling, columns)
-
-    def _read(self, tap: Tap, pooling: str, columns: np.ndarray) -> Tensor:
         place = tap, pooling
         known = self._wanted.get(place, columns[:0])
         found = np.searchsorted(known, columns)

@@ -8,9 +8,10 @@ import torch
 
 from spin_hf import SpinForSequenceClassification, spin_calibrate
 from spin_hf.calibration import batched, heads, paths, probes
-from spin_hf.calibration.batched import L1, L2, solve_sparse, solve_together
+from spin_hf.calibration.batched import solve_sparse, solve_together
 from spin_hf.calibration.losses import Logistic, Multinomial, Squared
 from spin_hf.calibration.paths import solve_paths
+from spin_hf.calibration.penalties import L1, L2
 from spin_hf.calibration.probes import Labelled, fit_probes
 from spin_hf.calibration.replay import Replay
 from spin_hf.calibration.ridge import solve_ridge
@@ -195,6 +196,21 @@ def test_jumps_take_no_more_time_than_they_are_given(kind):
         given = sum(float(costs[spot]) for spot in worst[:count])
         assert batch.jump_worst(state, penalty, state.intercept[:, 0], gaps, given * 1.001) == pytest.approx(given)
         assert jumped == worst[:count]
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "squares"),  # of four weights of a class and six of another, five at a time
+    [("logistic", 1 + 2, 4 * 4 + 6 * 5), ("multinomial", 2, 10 * 5)],
+)
+def test_the_time_of_a_jump_is_that_of_its_parts(kind, parts, squares, monkeypatch):
+    monkeypatch.setattr("spin_hf.calibration.jump._MOST_WEIGHTS", 5)
+    monkeypatch.setattr(batched, "_JUMP", 1000.0)
+    monkeypatch.setattr(batched, "_OPERATION", 1.0)
+    weight = torch.zeros(1, 40, 1, 2)
+    weight[0, :4, 0, 0] = weight[0, :6, 0, 1] = -1.0
+    batch = batched._Batch(torch.ones(1, 7, 40), torch.ones(7, 2), torch.ones(7, 1), LOSSES[kind])
+    found = batch.jump_seconds(batched._State.begin(weight, torch.zeros(1, 1, 1, 2)))
+    assert found.tolist() == [[1000.0 * parts + 2 * 7 * squares]]
 
 
 @pytest.mark.parametrize(("wide", "most_read"), [(10, 2**25), (2048, 1000)])

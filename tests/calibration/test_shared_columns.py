@@ -2,20 +2,29 @@
 
 import copy
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from spin_hf import SpinForSequenceClassification, spin_calibrate
-from spin_hf.calibration import shared_columns
+from spin_hf.calibration import heads, shared_columns
+from spin_hf.calibration.heads import HeadFitter, head_sets
+from spin_hf.calibration.probes import Labelled, fit_probes
 from spin_hf.calibration.shared_columns import SharedColumns
 from spin_hf.calibration.store import FeatureStore
+from spin_hf.calibration.task import Task
 from spin_hf.taps import Tap
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 QUICK = {"poolings": ["mean", "max"], "validation_fraction": 0.2, "Cs": [0.05, 0.2], "etas": (0.5, 0.8, 1.0)}
 TAPS = (Tap("hidden", 1), Tap("ffn", 1))
+
+
+def labelled(labels, folds):
+    task = Task.make("single_label_classification", ("no", "yes"), "accuracy", "multinomial")
+    return Labelled(task, labels, task.targets(labels), torch.ones(len(labels), 1), folds, folds[0][0])
 
 
 @pytest.fixture
@@ -46,20 +55,53 @@ def test_it_reads_what_the_store_reads(store, device, room, monkeypatch):
     assert torch.equal(found.cpu(), store.read(TAPS[0], "max")[:, [0, 5]])
 
 
-def test_where_the_device_has_no_room_the_matrix_lies_in_memory(store, monkeypatch):
-    asked, plain = [], shared_columns.empty
+@pytest.mark.parametrize("short_of", ["matrix", "features beside it", "solver"])
+def test_heads_of_a_device_without_room_for_all_are_those_of_the_cpu(store, monkeypatch, short_of):
+    device, plain, given = torch.device("cuda"), shared_columns.empty, []
+    data = labelled(np.array([0, 1, 0, 1, 1]), folds=((np.array([0, 1, 2, 3]), np.array([4])),))
+    places = [(TAPS[0], "mean"), (TAPS[1], "mean")]
+    probes = [ranked[0] for place in places for ranked in fit_probes([store.read(*place)], [place], data, Cs=[5.0])]
+    (heads_of_all,) = head_sets(probes, [1], combine=True)[-1:]
 
-    def full(*shape, device=None):
-        asked.append(device)
-        if device is not None:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    def fit(on):
+        fitter = HeadFitter(store, data, torch.device("cpu"))
+        wide = fitter.sharing([heads_of_all], etas=[1.0], max_features=99).shared
+        shared = SharedColumns(store, wide._wanted, on)
+        return shared, replace(fitter, shared=shared).fit(heads_of_all, etas=[1.0], max_features=99)
+
+    def full():
+        given.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def empty(*shape, device=None):  # stands for the device's memory
+        if short_of == "matrix" and device == torch.device("cuda"):
+            full()
         return plain(*shape)
 
-    monkeypatch.setattr(shared_columns, "empty", full)
-    shared = SharedColumns(store, {(TAPS[0], "mean"): np.array([1, 4])}, torch.device("cpu"))
-    for columns in (np.array([4]), np.array([1, 4])):
-        assert torch.equal(shared.read(TAPS[0], "mean", columns), store.read(TAPS[0], "mean", columns))
-    assert asked == [torch.device("cpu"), None]
+    _, (expected, _) = fit(torch.device("cpu"))
+    read, solve = FeatureStore.read, heads.solve_together
+    monkeypatch.setattr(shared_columns, "empty", empty)
+    monkeypatch.setattr(FeatureStore, "read", lambda *asked, device=None, **options: read(*asked, **options))
+    shared_read = SharedColumns.read
+
+    def reading(shared, *asked):
+        found = shared_read(shared, *asked)
+        if short_of == "features beside it" and shared._device is not None:
+            full()
+        return found
+
+    def solving(*asked, **options):
+        if short_of == "solver" and not given:
+            full()
+        return solve(*asked, **options)
+
+    monkeypatch.setattr(SharedColumns, "read", reading)
+    monkeypatch.setattr(heads, "solve_together", solving)
+    shared, (found, _) = fit(device)
+    assert given == [1]
+    assert shared._device is None
+    assert [candidate.loss for candidate in found] == [candidate.loss for candidate in expected]
+    assert not shared.leave_device()
 
 
 @pytest.mark.parametrize("device", DEVICES)
