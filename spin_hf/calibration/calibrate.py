@@ -148,7 +148,8 @@ def spin_calibrate(
             ``model(..., output_exits=True)`` with all, and ``model.keep_exit(0)`` leaves it alone. What the model
             answers by default stays the same, to the bit, but costs those blocks.
         batch_tokens: padded tokens per batch of the extraction. Windows of a longer text run up to 4096 tokens at once.
-        tol: relative duality gap of every probe and of the final head.
+        tol: relative duality gap of the final head, and of every probe that neurons are chosen by. Which value of C
+            is a probe's best is told by rougher solutions; that one is solved to ``tol``.
         cache_dir: keep features, probes and heads here, so that a run that was stopped goes on where it was, and one
             with other labels or settings on the same texts does not extract again; but under ``attention`` features
             come from the labels. For processes on several machines, on a file system that they share.

@@ -1,18 +1,89 @@
-"""Paths of sparse probes of many taps at once: some values of C at a time."""
+"""Paths of sparse probes of some taps: all taps and some values of C at once, or one after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .batched import solve_sparse
 from .losses import Loss
-from .solver import PathPoint, solve_path
+from .solver import PathPoint, Problem, solve_path
 
 AT_ONCE = 4  # values of C that are solved at once, at most; in the first group, whose penalties are strong, always
 _SPAN = 10.0  # values at once lie within this factor: farther ones are better started from the last solution
+
+Points = list[PathPoint | None]  # of each tap, where it has one
+
+
+class Paths(Protocol):
+    """The paths of some taps on the same rows."""
+
+    def along(self, grids: Sequence[Sequence[float]], sure: Sequence[int], tol: float) -> Iterator[Points]:
+        """What :func:`solve_paths` yields."""
+        ...
+
+    def finish(self, points: Points, tol: float) -> Points:
+        """The solutions at the values of C of these points, from there on to a gap of ``tol``."""
+        ...
+
+
+class Together:
+    """Paths that are solved at once.
+
+    Args:
+        x, y, s, loss, factors: as :func:`solve_paths` takes them.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, s: Tensor, loss: Loss, factors: Tensor | None = None) -> None:
+        self._x, self._rows, self._factors = x, (y, s, loss), factors
+
+    def along(self, grids: Sequence[Sequence[float]], sure: Sequence[int], tol: float) -> Iterator[Points]:
+        return solve_paths(self._x, *self._rows, grids, sure, factors=self._factors, tol=tol)
+
+    def finish(self, points: Points, tol: float) -> Points:
+        which = [i for i, point in enumerate(points) if point is not None]
+        starts = [point for point in points if point is not None]
+        x = self._x if len(which) == len(self._x) else self._x[which]
+        factors = None if self._factors is None else self._factors[which]
+        weight = torch.stack([point.weight for point in starts])
+        intercept = torch.stack([point.intercept for point in starts])
+        Cs = [[point.C] for point in starts]
+        found = _solve_group(x, *self._rows, Cs, factors, weight, intercept, tol)
+        solved = dict(zip(which, found, strict=True))
+        return [solved[i][0] if i in solved else None for i in range(len(points))]
+
+
+class InTurn:
+    """Paths that are solved one after the other, each by a solver of its own.
+
+    Args:
+        x, y, s, loss, factors: as :func:`solve_paths` takes them.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, s: Tensor, loss: Loss, factors: Tensor | None = None) -> None:
+        self._problems = [Problem(own, y, s, loss, None if factors is None else factors[i]) for i, own in enumerate(x)]
+
+    def along(self, grids: Sequence[Sequence[float]], sure: Sequence[int], tol: float) -> Iterator[Points]:
+        for step in range(max(map(len, grids))):
+            wanted = [bool(sure[i]) and step < len(grid) for i, grid in enumerate(grids)]
+            if not any(wanted):
+                return
+            yield [
+                problem.solve(grid[step], tol) if own else None
+                for problem, grid, own in zip(self._problems, grids, wanted, strict=True)
+            ]
+
+    def finish(self, points: Points, tol: float) -> Points:
+        found: Points = []
+        for problem, point in zip(self._problems, points, strict=True):
+            if point is not None:
+                problem.start(point.weight)
+                point = problem.solve(point.C, tol)
+            found.append(point)
+        return found
 
 
 def solve_paths(
@@ -25,7 +96,7 @@ def solve_paths(
     *,
     factors: Tensor | None = None,
     tol: float = 1e-4,
-) -> Iterator[list[PathPoint | None]]:
+) -> Iterator[Points]:
     """Yield for each value of C one :class:`PathPoint` per tap, as :func:`~spin_hf.calibration.solver.solve_path` does.
 
     Args:
@@ -54,7 +125,7 @@ def solve_paths(
         for i, path in zip(which, points, strict=True):
             weight[i], intercept[i] = path[-1].weight, path[-1].intercept
         for step in range(max(map(len, Cs))):
-            found: list[PathPoint | None] = [None] * len(x)
+            found: Points = [None] * len(x)
             for i, path in zip(which, points, strict=True):
                 found[i] = path[step] if step < len(path) else None
             yield found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -17,8 +17,8 @@ from .batched import pays
 from .blocks import empty, take_rows
 from .folds import FEW_ROWS
 from .losses import Loss
-from .paths import AT_ONCE, solve_paths
-from .solver import PathPoint, smallest_useful_C, solve_path
+from .paths import AT_ONCE, InTurn, Paths, Together
+from .solver import PathPoint, smallest_useful_C
 from .task import Task
 
 Place = tuple[Tap, str]  # and its pooling
@@ -27,6 +27,7 @@ _BYTES_TOGETHER = 2**31  # of features that a GPU solves together: more would no
 _BYTES_HELD = 2**33  # of all that a GPU holds for what it solves together
 _MOST_TOGETHER = 16
 _PRIOR_ROWS = 10  # of the median variance, where there are few rows
+_JUDGED = 1e-2  # relative gap at which a score tells whether a path has turned
 _PATIENCE = 2  # points without a better score, or without a lower loss, after which a path ends
 
 
@@ -132,17 +133,20 @@ def fit_probes(
         Cs: the grid, ascending; a number asks for that many, each twice the last, from twice the smallest C that
             gives any weight.
         raw: penalise the weights of the raw features instead of the standardised ones.
-        stop_early: end a path once the score, or the held-out loss, has not improved for two values of C.
-        tol: relative duality gap.
+        stop_early: end a path once the score, or the held-out loss, has not improved for two values of C. Solutions of
+            a gap of 1e-2 tell that as well as exact ones, for a part of the time; that of the best score is then solved
+            to ``tol``, and if another is ahead thereby, that one too, until what is ahead is exact.
+        tol: relative duality gap: without ``stop_early`` of all.
 
     Returns:
         For each place one probe per C, the best score first, then the strongest penalty.
     """
     loss = data.task.loss
+    judged = max(tol, _JUDGED) if stop_early else tol
     searches = [_Search(tap, pooling, data, raw=raw, stop_early=stop_early) for tap, pooling in places]
     grids: list[list[float]] = []
     sure = [search.sure for search in searches]
-    problems = []
+    paths: list[Paths] = []
     fits, outputs = data.fits(), data.targets.shape[1]
     together = pays(features[0].device, max(map(len, fits)), features[0].shape[1], outputs)
     for number, rows in enumerate(fits):
@@ -153,12 +157,9 @@ def fit_probes(
         y, s = data.targets[rows].to(x.device), data.weights[rows].to(x.device)
         grids = grids or [_grid(own, y, s, loss, Cs) for own in x]
         factors = torch.stack([1.0 / search.standard[-1][2] for search in searches]) if raw else None
-        if together:
-            problems.append(solve_paths(x, y, s, loss, grids, sure, factors=factors, tol=tol))
-        else:
-            problems.append(_in_turn(list(x), y, s, loss, grids, sure, factors, tol))
+        paths.append((Together if together else InTurn)(x, y, s, loss, factors))
         del x, own
-    for points in zip(*problems, strict=True):
+    for points in zip(*(path.along(grids, sure, judged) for path in paths), strict=True):
         for i, search in enumerate(searches):
             if sure[i]:
                 of_fits = [point for point in (of_fit[i] for of_fit in points) if point is not None]
@@ -167,6 +168,11 @@ def fit_probes(
                     continue
                 search.add(of_fits)
                 sure[i] = search.sure
+    while any(best := [search.unfinished for search in searches] if judged > tol else []):
+        solved = [path.finish([own[fit] if own else None for own in best], tol) for fit, path in enumerate(paths)]
+        for search, points in zip(searches, zip(*solved, strict=True), strict=True):
+            if of_fits := [point for point in points if point is not None]:
+                search.finish(of_fits)
     return [search.ranked() for search in searches]
 
 
@@ -176,7 +182,9 @@ class _Search:
     def __init__(self, tap: Tap, pooling: str, data: Labelled, *, raw: bool, stop_early: bool) -> None:
         self.tap, self.pooling, self.data, self.raw, self.stop_early = tap, pooling, data, raw, stop_early
         self.standard: list[tuple[Tensor, Tensor, Tensor]] = []  # for each fit: rows held out, mean, scale
+        self.points: list[Sequence[PathPoint]] = []  # of each C the solutions, one for each fit
         self.probes: list[Probe] = []
+        self._finished: set[int] = set()
         self.best = self.lowest = (np.inf, 0)  # what was reached, and how many points ago
 
     @property
@@ -184,21 +192,60 @@ class _Search:
         """How many more values of C are to be tried, whatever comes of them."""
         return max(0, _PATIENCE - max(self.best[1], self.lowest[1])) if self.stop_early else sys.maxsize
 
+    @property
+    def unfinished(self) -> Sequence[PathPoint]:
+        """The solutions that are ahead, if :meth:`finish` has not been called with those of their C."""
+        if not self.probes or self._ahead in self._finished:
+            return ()
+        return self.points[self._ahead]
+
+    @property
+    def _ahead(self) -> int:
+        """Of the best score, and of equal ones the strongest penalty."""
+        return min(range(len(self.probes)), key=lambda i: (-self.probes[i].score, i))
+
     def add(self, points: Sequence[PathPoint]) -> None:
         """Score a C's solutions, one for each fit."""
-        scores = [
-            held_out @ point.weight.T + point.intercept
-            for _, (held_out, _, _), point in zip(self.data.folds, self.standard, points, strict=False)
-        ]
-        score, predictions = self.data.score(scores)
-        self.probes.append(_probe(self.tap, self.pooling, score, predictions, points, self.standard, self.raw))
-        self.best = _least(self.best, -score)
+        self.points.append(points)
+        scores = self._scores(points)
+        self.probes.append(self._probe(points, scores))
+        self.best = _least(self.best, -self.probes[-1].score)
         self.lowest = _least(self.lowest, self.data.held_out_loss(scores))
+
+    def finish(self, points: Sequence[PathPoint]) -> None:
+        """Solutions of a smaller gap in place of those that are ahead."""
+        place = self._ahead
+        self.points[place], self.probes[place] = points, self._probe(points, self._scores(points))
+        self._finished.add(place)
 
     def ranked(self) -> list[Probe]:
         table = tuple((probe.C, probe.score) for probe in self.probes)
         ranked = sorted(self.probes, key=lambda probe: (-probe.score, probe.C))
         return [replace(probe, scores_by_C=table) for probe in ranked]
+
+    def _scores(self, points: Sequence[PathPoint]) -> list[Tensor]:
+        return [
+            held_out @ point.weight.T + point.intercept
+            for _, (held_out, _, _), point in zip(self.data.folds, self.standard, points, strict=False)
+        ]
+
+    def _probe(self, points: Sequence[PathPoint], scores: Sequence[Tensor]) -> Probe:
+        score, predictions = self.data.score(scores)
+        fits = []
+        for point, (_, mean, scale) in zip(points, self.standard, strict=True):
+            weight = point.weight / scale if self.raw else point.weight
+            fits.append(ProbeFit(mean, scale, point.weight, point.intercept, weight.square().sum(0)))
+        return Probe(
+            tap=self.tap,
+            pooling=self.pooling,
+            C=points[0].C,
+            score=score,
+            predictions=predictions,
+            scores_by_C=(),
+            fits=tuple(fits),
+            worst_gap=max(point.gap for point in points),
+            unconverged=sum(not point.converged for point in points),
+        )
 
 
 def _grid(x: Tensor, y: Tensor, s: Tensor, loss: Loss, Cs: int | Sequence[float]) -> list[float]:
@@ -208,57 +255,8 @@ def _grid(x: Tensor, y: Tensor, s: Tensor, loss: Loss, Cs: int | Sequence[float]
     return [start * 2.0 ** (i + 1) for i in range(Cs)] if np.isfinite(start) else []
 
 
-def _in_turn(
-    xs: Sequence[Tensor],
-    y: Tensor,
-    s: Tensor,
-    loss: Loss,
-    grids: Sequence[Sequence[float]],
-    sure: Sequence[int],
-    factors: Tensor | None,
-    tol: float,
-) -> Iterator[list[PathPoint | None]]:
-    """What :func:`solve_paths` yields, from a solver for each place; the caller changes ``sure`` meanwhile."""
-    paths = [
-        solve_path(x, y, s, loss, grid, factors=None if factors is None else factors[i], tol=tol)
-        for i, (x, grid) in enumerate(zip(xs, grids, strict=True))
-    ]
-    del xs  # the solver lets go of the rows once it has the columns
-    while any(sure):
-        found = [next(path, None) if wanted else None for path, wanted in zip(paths, sure, strict=True)]
-        if not any(found):
-            return
-        yield found
-
-
 def _least(reached: tuple[float, int], value: float) -> tuple[float, int]:
     return (value, 0) if value < reached[0] else (reached[0], reached[1] + 1)
-
-
-def _probe(
-    tap: Tap,
-    pooling: str,
-    score: float,
-    predictions: np.ndarray,
-    points: Sequence[PathPoint],
-    standard: Sequence[tuple[Tensor, Tensor, Tensor]],
-    raw: bool,
-) -> Probe:
-    fits = []
-    for point, (_, mean, scale) in zip(points, standard, strict=True):
-        weight = point.weight / scale if raw else point.weight
-        fits.append(ProbeFit(mean, scale, point.weight, point.intercept, weight.square().sum(0)))
-    return Probe(
-        tap=tap,
-        pooling=pooling,
-        C=points[0].C,
-        score=score,
-        predictions=predictions,
-        scores_by_C=(),
-        fits=tuple(fits),
-        worst_gap=max(point.gap for point in points),
-        unconverged=sum(not point.converged for point in points),
-    )
 
 
 def probe_bytes(width: int, rows: int, fits: int) -> int:

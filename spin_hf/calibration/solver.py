@@ -103,7 +103,7 @@ def solve_path(
     """
     if list(Cs) != sorted(Cs):
         raise ValueError(f"Cs must ascend, so that each solution starts the next one; got {list(Cs)}.")
-    problem = _Problem(x, y, s, loss, factors, start)
+    problem = Problem(x, y, s, loss, factors, start)
     del x  # the problem has its own copy, by columns
     for C in Cs:
         yield problem.solve(C, tol, max_steps)
@@ -145,8 +145,12 @@ def balance(loss: Loss, scores: Tensor, intercept: Tensor, y: Tensor, s: Tensor,
     return intercept
 
 
-class _Problem:
-    """The data and the present point of one path. Scores, residuals and objectives are kept in float64."""
+class Problem:
+    """The data and the present point of one path. Scores, residuals and objectives are kept in float64.
+
+    Args:
+        x, y, s, loss, factors, start: as :func:`solve_path` takes them.
+    """
 
     def __init__(
         self,
@@ -163,8 +167,12 @@ class _Problem:
         self.factors = torch.ones_like(x[0]) if factors is None else factors.to(x)
         self.y, self.s = y.double().to(x.device), s.double().to(x.device)
         self.wide = False  # whether products with the features are summed in float64 too
-        self.weight = self.y.new_zeros(x.shape[1], y.shape[1]) if start is None else start.T.double()
         self.intercept = self.y.new_zeros(y.shape[1])
+        self.start(x.new_zeros(y.shape[1], x.shape[1]) if start is None else start)
+
+    def start(self, weight: Tensor) -> None:
+        """Go on from these weights ``(K, d)``."""
+        self.weight = weight.T.double()
         self.score()
 
     def score(self) -> None:
@@ -215,7 +223,8 @@ class _Problem:
         best, rows = torch.topk(score, min(len(score), max(_LEAST_ADDED, support // 4)), dim=0)
         return active.scatter(0, rows, active.gather(0, rows) | (best >= penalty))
 
-    def solve(self, C: float, tol: float, max_steps: int) -> PathPoint:
+    def solve(self, C: float, tol: float, max_steps: int = 200) -> PathPoint:
+        """The solution at ``C``, from the present point, to a relative gap of ``tol``."""
         penalty, steps, taken = 1.0 / C, 0, 0
         gradient, active, last_gap, last_value = self.gradient(), self.weight != 0, float("inf"), float("inf")
         while True:

@@ -27,6 +27,7 @@ FORMAT = 2
 ABOUT = "store.json"
 _PAGE = 1024  # float32 values in a page of memory: batches share no page, so that processes never write the same one
 _MUCH = 2**26  # bytes from which several threads read: one takes in 2 GB/s of what is in memory already
+_AT_ONCE = 2**23  # bytes that a thread reads and sends in one go: small ones keep threads waiting for each other
 _THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 _RECORD = re.compile(r"(\d+)(?:/(\d+))? ([0-9a-f]{8})")  # batch, its parts if several, checksum
 
@@ -150,56 +151,70 @@ class FeatureStore:
     ) -> Tensor:
         """A copy of the features ``(n, width)`` of a tap and pooling, or of some columns, on this device or the CPU."""
         width, place = self.widths[tap], self.poolings.index(pooling)
-        starts = self._starts[tap][:-1] + [place * len(rows) * width for rows in self.batches]
+        sizes = np.array([len(rows) for rows in self.batches])
+        starts = self._starts[tap][:-1] + place * width * sizes
         found = empty(self.rows, width if columns is None else len(columns), device=_gpu(device))
-        copy = self._to_gpu(tap, found, columns) if found.is_cuda else self._to_host(tap, found, columns)
+        groups = _groups(4 * width * sizes)
+        most = max((int(sizes[group.start : group.stop].sum()) for group in groups), default=0)
+        given = tap, starts, found, columns
+        copy = self._to_gpu(*given, most) if found.is_cuda else self._to_host(*given)
         if 4 * self.rows * width < _MUCH:  # whatever the columns, their pages are read
-            for number, start in enumerate(starts):
-                copy(number, start)
+            for group in groups:
+                copy(group)
         else:
             with ThreadPoolExecutor(_THREADS) as pool:
-                list(pool.map(copy, range(len(starts)), starts))
+                list(pool.map(copy, groups))
         return found if device is None else found.to(device)
 
-    def _to_host(self, tap: Tap, found: Tensor, columns: np.ndarray | None) -> Callable[[int, int], None]:
-        """What copies a batch that begins at some value of a tap's file to its rows of ``found``, in any thread."""
+    def _to_host(
+        self, tap: Tap, starts: np.ndarray, found: Tensor, columns: np.ndarray | None
+    ) -> Callable[[range], None]:
+        """What copies batches, which begin at these values of a tap's file, to their rows of ``found``; in any thread.
+
+        Those of a group one after another.
+        """
         if tap not in self._arrays:
             self._arrays[tap] = self._open(tap)
         values, width = self._arrays[tap], self.widths[tap]
 
-        def copy(number: int, start: int) -> None:
-            rows = self.batches[number]
-            part = values[start : start + len(rows) * width].reshape(len(rows), width)
-            found.numpy()[rows] = part if columns is None else part[:, columns]
+        def copy(group: range) -> None:
+            for number in group:
+                rows = self.batches[number]
+                part = values[starts[number] : starts[number] + len(rows) * width].reshape(len(rows), width)
+                found.numpy()[rows] = part if columns is None else part[:, columns]
 
         return copy
 
-    def _to_gpu(self, tap: Tap, found: Tensor, columns: np.ndarray | None) -> Callable[[int, int], None]:
-        """:meth:`_to_host` for a GPU, where columns are taken once a batch is there. It is read from the file itself:
-        to map memory is what takes most of the time otherwise.
+    def _to_gpu(
+        self, tap: Tap, starts: np.ndarray, found: Tensor, columns: np.ndarray | None, most: int
+    ) -> Callable[[range], None]:
+        """:meth:`_to_host` for a GPU, of ``most`` rows in one go, whose columns are taken once they are there. They are
+        read from the file itself: to map memory is what takes most of the time otherwise.
         """
         device, stream, width = found.device, torch.cuda.current_stream(found.device), self.widths[tap]
-        sizes = [len(rows) for rows in self.batches]
-        places = torch.from_numpy(np.concatenate(self.batches)).to(device, torch.int64).split(sizes)
+        ends = np.cumsum([0, *map(len, self.batches)]).tolist()
+        places = torch.from_numpy(np.concatenate(self.batches)).to(device, torch.int64)
         chosen = None if columns is None else torch.from_numpy(columns).to(device)
         own = threading.local()  # of a thread: where it reads to, and the end of what is sent from there
 
-        def copy(number: int, start: int) -> None:
+        def copy(group: range) -> None:
+            first, last = ends[group.start], ends[group.stop]
             # A thread begins on the first GPU, and a stream alone would lead it back there.
             with torch.cuda.device(device), torch.cuda.stream(stream), self._path(tap).open("rb") as file:
                 if not hasattr(own, "values"):
-                    own.values, own.sent = _pinned(max(sizes) * width), torch.cuda.Event()
+                    own.values, own.sent = _pinned(most, width), torch.cuda.Event()
                 own.sent.synchronize()
-                read = own.values[: sizes[number] * width]
-                file.seek(4 * start)
-                if file.readinto(read.numpy().data) != 4 * len(read):
-                    raise OSError(
-                        f"{self._path(tap)} is shorter than when it was opened. The same call with another cache_dir "
-                        "reads the texts anew."
-                    )
-                part = read.view(sizes[number], width).to(device, non_blocking=True)
+                for number in group:
+                    part = own.values[ends[number] - first : ends[number + 1] - first].numpy()
+                    file.seek(4 * int(starts[number]))
+                    if file.readinto(part.data) != part.nbytes:
+                        raise OSError(
+                            f"{self._path(tap)} is shorter than when it was opened. The same call with another "
+                            "cache_dir reads the texts anew."
+                        )
+                sent = own.values[: last - first].to(device, non_blocking=True)
                 own.sent.record()
-                found.index_copy_(0, places[number], part if chosen is None else part.index_select(1, chosen))
+                found.index_copy_(0, places[first:last], sent if chosen is None else sent.index_select(1, chosen))
 
         return copy
 
@@ -261,12 +276,19 @@ def demand_writable(folder: str | Path) -> Path:
     return folder
 
 
-def _pinned(values: int) -> Tensor:
+def _groups(sizes: np.ndarray) -> list[range]:
+    """Batches of these bytes in a row, as many as are read in one go."""
+    which = ((np.cumsum(sizes) - sizes) // _AT_ONCE).astype(np.int64)
+    bounds = [*np.flatnonzero(np.diff(which, prepend=-1)).tolist(), len(sizes)]
+    return [range(*bounds[i : i + 2]) for i in range(len(bounds) - 1)]
+
+
+def _pinned(*shape: int) -> Tensor:
     """Memory that a GPU copies from by itself, or other memory where no more of it is to be had."""
     try:
-        return torch.empty(values, dtype=torch.float32, pin_memory=True)
+        return torch.empty(*shape, dtype=torch.float32, pin_memory=True)
     except RuntimeError:
-        return torch.empty(values, dtype=torch.float32)
+        return torch.empty(*shape, dtype=torch.float32)
 
 
 def _gpu(device: torch.device | None) -> torch.device | None:

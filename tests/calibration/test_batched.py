@@ -309,7 +309,7 @@ def test_a_calibration_that_solves_together_chooses_as_one_that_does_not(
     for module in (probes, heads):
         monkeypatch.setattr(module, "pays", lambda *size: True)
     calls = []
-    monkeypatch.setattr(probes, "solve_paths", lambda *a, **k: (calls.append(1), solve_paths(*a, **k))[1])
+    monkeypatch.setattr(paths, "solve_paths", lambda *a, **k: (calls.append(1), solve_paths(*a, **k))[1])
     together = calibrate()
     assert calls
     assert together.convergence["unconverged"] == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spin_hf import SpinForSequenceClassification, spin_calibrate
-from spin_hf.calibration import heads, probes
+from spin_hf.calibration import heads, paths, probes
 from spin_hf.calibration.errors import DeviceMemoryError
 from spin_hf.taps import Tap
 
@@ -130,7 +130,7 @@ def together(monkeypatch):
     """Solve as on a GPU, with room for so many taps and for so many penalties; what was tried of each."""
     tried = {"taps": [], "penalties": []}
     room = {"taps": 99, "penalties": 99}
-    solve_paths, solve_together = probes.solve_paths, heads.solve_together
+    solve_paths, solve_together = paths.solve_paths, heads.solve_together
     for module in (probes, heads):
         monkeypatch.setattr(module, "pays", lambda *size: True)
 
@@ -139,7 +139,7 @@ def together(monkeypatch):
         if count > room[what]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    def paths(x, *arguments, **options):
+    def taps(x, *arguments, **options):
         taken("taps", len(x))
         return solve_paths(x, *arguments, **options)
 
@@ -147,7 +147,7 @@ def together(monkeypatch):
         taken("penalties", count)
         return solve_together(x, y, s, loss, penalty, count, **options)
 
-    monkeypatch.setattr(probes, "solve_paths", paths)
+    monkeypatch.setattr(paths, "solve_paths", taps)
     monkeypatch.setattr(heads, "solve_together", columns)
     return room, tried
 

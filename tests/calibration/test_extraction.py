@@ -289,23 +289,45 @@ def test_some_columns_can_be_read(model, encoded, open_store):
         assert values <= store.bytes == sum(p.stat().st_size for p in store.folder.glob("*.f32")) <= values + filling
 
 
-def test_a_small_batch_after_a_large_one_and_several_threads_that_read(tmp_path, monkeypatch):
-    """What is written from the same memory leaves nothing of the last batch, and what is read has its place."""
-    tap, draws = Tap("ffn", 1), np.random.default_rng(0)
-    batches = [np.arange(7, 300), np.arange(2, 7), np.arange(2)]
-    store = FeatureStore(tmp_path, widths={tap: 5}, poolings=["mean", "max"], batches=batches)
-    store.create({})
-    values = draws.normal(size=(300, 2, 5)).astype(np.float32)
-    for number, rows in enumerate(batches):
-        store.write(number, {tap: values[rows]})
-    store.close()
+def test_a_small_batch_after_a_large_one_leaves_nothing_of_it(tmp_path):
+    """Both are written from the same memory."""
+    store, values = filled(tmp_path, [np.arange(7, 300), np.arange(2, 7), np.arange(2)])
     on_disk = np.fromfile(tmp_path / "ffn.1.f32", dtype=np.float32)
     assert np.count_nonzero(on_disk) == values.size
     assert sorted(store.whole(range(3), recorded(tmp_path, 3))) == [0, 1, 2]
-    for least in (2**26, 0):
-        monkeypatch.setattr(store_module, "_MUCH", least)
-        assert np.array_equal(store.read(tap, "max"), values[:, 1])
-        assert np.array_equal(store.read(tap, "mean", np.array([1, 4])), values[:, 0, [1, 4]])
+
+
+@pytest.mark.parametrize("threads_from", [2**26, 0])
+@pytest.mark.parametrize("at_once", [1, 3000, 2**23])  # bytes: a batch, some batches, all
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_what_is_read_in_groups_of_batches_and_by_threads_has_its_place(
+    device, at_once, threads_from, tmp_path, monkeypatch
+):
+    sizes = [150, 3, 1, 40, 40, 40, 20, 2, 2, 2]
+    store, values = filled(tmp_path, np.split(np.random.default_rng(1).permutation(300), np.cumsum(sizes)[:-1]))
+    monkeypatch.setattr(store_module, "_AT_ONCE", at_once)
+    monkeypatch.setattr(store_module, "_MUCH", threads_from)
+    tap, there = Tap("ffn", 1), torch.device(device)
+    for place, pooling in enumerate(store.poolings):
+        assert np.array_equal(store.read(tap, pooling, device=there).cpu(), values[:, place])
+        some = store.read(tap, pooling, np.array([4, 1]), device=there)
+        assert some.device.type == device
+        assert np.array_equal(some.cpu(), values[:, place, [4, 1]])
+
+
+def filled(folder, batches):
+    """A store of a tap of five neurons and two poolings, and what it holds."""
+    tap, rows = Tap("ffn", 1), sum(map(len, batches))
+    values = np.random.default_rng(0).normal(size=(rows, 2, 5)).astype(np.float32)
+    store = FeatureStore(folder, widths={tap: 5}, poolings=["mean", "max"], batches=batches)
+    store.create({})
+    for number, of_batch in enumerate(batches):
+        store.write(number, {tap: values[of_batch]})
+    store.close()
+    return store, values
 
 
 @pytest.mark.parametrize(
