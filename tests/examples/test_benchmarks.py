@@ -182,6 +182,14 @@ def test_pipeline_benchmark(run):
     assert [line["same_labels"] for line in found] == [True, True]
 
 
+def test_products_benchmark():
+    options = ("--shapes", "2x60x48", "3x70x20", "--vectors", 1, 9, "--rounds", 1, "--repeats", 2)
+    found = [json.loads(line) for line in run_example("benchmarks/products.py", *options).splitlines()]
+    assert [row["taps, rows, features"] for row in found] == [[2, 60, 48]] * 4 + [[3, 70, 20]] * 4
+    assert max(max(row["error"].values()) for row in found) < 1e-4
+    assert min(min(row["TB/s"].values()) for row in found) > 0
+
+
 def test_precision_benchmark(run, backbone):
     options = ("--rows", 60, "--model", backbone, "--precisions", "float32", "bfloat16")
     found = [json.loads(line) for line in run("benchmarks/precision.py", *options, data="sst2").splitlines()]
