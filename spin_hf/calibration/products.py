@@ -1,5 +1,5 @@
 """Products of many features with few vectors, which take as long as it takes to read the features: on a GPU by kernels
-that read them at the speed of its memory, as its library of matrix products is made for more than a few columns.
+that read them at the speed of its memory, as its library of matrix products is made for one column or for many.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .one_pass import has_triton
 
-_FEW = 8  # vectors up to which the kernels are quicker
+_FEW = range(2, 9)  # vectors of which the kernels are quicker (benchmarks/products.py)
 _LEAST_CAPABILITY = (7, 0)  # that Triton compiles for
 ALIGNED = 16  # features of which the width is a multiple: what begins anywhere in memory is read more slowly
 
@@ -36,4 +36,4 @@ def _by_kernel(x: Tensor, vectors: Tensor) -> bool:
     if not (x.is_cuda and has_triton() and torch.cuda.get_device_capability(x.device) >= _LEAST_CAPABILITY):
         return False
     width, plain = x.shape[2], x.dtype == vectors.dtype == torch.float32 and x.is_contiguous()
-    return plain and 0 < vectors.shape[2] <= _FEW and width > 0 and width % ALIGNED == 0
+    return plain and vectors.shape[2] in _FEW and width > 0 and width % ALIGNED == 0
