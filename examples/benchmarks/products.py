@@ -1,8 +1,8 @@
 """Features times few vectors, as each step of the solver asks for: the kernels against torch.bmm.
 
 Both products of a step, of the features and of their transpose, on random features of the shapes of MiniLM's taps and
-of one of Llama 1B. Every call reads all features once, so that bytes over seconds says how near it comes to the speed
-of the memory; features of less than its cache come to more. Errors are the largest, over the largest value of float64.
+of two of Llama 1B. Every call reads all features once, so that bytes over seconds says how near it comes to the speed
+of the memory. Errors are the largest of the last tap, over its largest value in float64.
 
     python examples/benchmarks/products.py                                            # on a GPU
     python examples/benchmarks/products.py --shapes 2x60x48 --vectors 1 3 --device cpu
@@ -30,14 +30,18 @@ PRODUCTS: dict[str, tuple[Product, Product]] = {
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Of one of some calls in a row."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else int
+    """Of a call, the mean of some in a row."""
     wait()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     wait()
     return (time.perf_counter() - start) / repeats
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def compare(ours: Product, plain: Product, x: Tensor, vectors: Tensor, arguments: argparse.Namespace) -> dict[str, Any]:

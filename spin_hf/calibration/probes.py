@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ _BYTES_TOGETHER = 2**31  # of features that a GPU solves together: more would no
 _BYTES_HELD = 2**33  # of all that a GPU holds for what it solves together
 _MOST_TOGETHER = 16
 _PRIOR_ROWS = 10  # of the median variance, where there are few rows
-_JUDGED = 1e-2  # relative gap at which a score tells whether a path has turned
+_JUDGED, _APART = 1e-2, 2.0  # relative gap at which scores of values of C so far apart tell when a path has turned
 _PATIENCE = 2  # points without a better score, or without a lower loss, after which a path ends
 
 
@@ -97,7 +97,10 @@ class ProbeFit:
 
 @dataclass(frozen=True)
 class Probe:
-    """The chosen probe of one (tap, pooling): its score at every C, and one fit per fold, the final one last."""
+    """The chosen probe of one (tap, pooling): its score at every C, and one fit per fold, the final one last.
+
+    Of values of C that were never ahead, the score may be that of a solution of a gap of up to 1e-2.
+    """
 
     tap: Tap
     pooling: str
@@ -133,16 +136,18 @@ def fit_probes(
         Cs: the grid, ascending; a number asks for that many, each twice the last, from twice the smallest C that
             gives any weight.
         raw: penalise the weights of the raw features instead of the standardised ones.
-        stop_early: end a path once the score, or the held-out loss, has not improved for two values of C. Solutions of
-            a gap of 1e-2 tell that as well as exact ones, for a part of the time; that of the best score is then solved
-            to ``tol``, and if another is ahead thereby, that one too, until what is ahead is exact.
-        tol: relative duality gap: without ``stop_early`` of all.
+        stop_early: end a path once the score, or the held-out loss, has not improved for two values of C. Of values at
+            least a factor of two apart, solutions of a gap of 1e-2 tell that as well as exact ones, for a part of the
+            time; that of the best score is then solved to ``tol``, and if another is ahead thereby, that one too, until
+            what is ahead is exact. (Of closer ones the last solution may have such a gap already.)
+        tol: relative duality gap: without ``stop_early``, or of closer values, of all.
 
     Returns:
         For each place one probe per C, the best score first, then the strongest penalty.
     """
     loss = data.task.loss
-    judged = max(tol, _JUDGED) if stop_early else tol
+    apart = isinstance(Cs, int) or all(other >= _APART * C for C, other in pairwise(Cs))
+    judged = max(tol, _JUDGED) if stop_early and apart else tol
     searches = [_Search(tap, pooling, data, raw=raw, stop_early=stop_early) for tap, pooling in places]
     grids: list[list[float]] = []
     sure = [search.sure for search in searches]
@@ -202,7 +207,7 @@ class _Search:
     @property
     def _ahead(self) -> int:
         """Of the best score, and of equal ones the strongest penalty."""
-        return min(range(len(self.probes)), key=lambda i: (-self.probes[i].score, i))
+        return min(range(len(self.probes)), key=lambda i: (-self.probes[i].score, self.probes[i].C))
 
     def add(self, points: Sequence[PathPoint]) -> None:
         """Score a C's solutions, one for each fit."""
@@ -213,9 +218,10 @@ class _Search:
         self.lowest = _least(self.lowest, self.data.held_out_loss(scores))
 
     def finish(self, points: Sequence[PathPoint]) -> None:
-        """Solutions of a smaller gap in place of those that are ahead."""
+        """Put in place of the solutions that are ahead those of their C that have a smaller gap."""
         place = self._ahead
-        self.points[place], self.probes[place] = points, self._probe(points, self._scores(points))
+        best = [min(pair, key=lambda point: point.gap) for pair in zip(points, self.points[place], strict=True)]
+        self.points[place], self.probes[place] = best, self._probe(best, self._scores(best))
         self._finished.add(place)
 
     def ranked(self) -> list[Probe]:
@@ -250,6 +256,8 @@ class _Search:
 
 def _grid(x: Tensor, y: Tensor, s: Tensor, loss: Loss, Cs: int | Sequence[float]) -> list[float]:
     if not isinstance(Cs, int):
+        if list(Cs) != sorted(Cs):
+            raise ValueError(f"Cs must ascend, so that each solution starts the next one; got {list(Cs)}.")
         return list(Cs)
     start = smallest_useful_C(x, y, s, loss)
     return [start * 2.0 ** (i + 1) for i in range(Cs)] if np.isfinite(start) else []

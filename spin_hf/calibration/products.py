@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .one_pass import has_triton
 
-_FEW = range(2, 9)  # vectors of which the kernels are quicker (benchmarks/products.py)
+_FEW = range(2, 9)  # vectors with which both products of a step are quicker by kernels (benchmarks/products.py)
 _LEAST_CAPABILITY = (7, 0)  # that Triton compiles for
 ALIGNED = 16  # features of which the width is a multiple: what begins anywhere in memory is read more slowly
 

@@ -68,7 +68,6 @@ def test_of_those_ahead_one_after_the_other_is_solved_to_the_end_until_none_is_b
     features, data = problem("binary")
     monkeypatch.setattr(probes, "pays", lambda *size: together)
     monkeypatch.setattr(probes, "_JUDGED", 0.2)
-    (ranked,) = fit_probes(features[:1], PLACES[:1], data, Cs=[0.001, 0.05, 0.1, 0.2], tol=1e-6)
     inner, finish = Labelled.score, probes._Search.finish
     finished = []
 
@@ -99,9 +98,37 @@ def test_where_all_values_of_C_are_wanted_all_are_solved_to_the_end():
         assert max(probe.worst_gap for probe in ranked) <= 1e-6
 
 
-def test_a_path_without_any_value_of_C_has_no_probe():
+@pytest.mark.parametrize("ratio", [1.05, 1.2, 2.0])
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("kind", TASKS)
+def test_values_of_C_that_lie_close_end_no_path_early(kind, together, ratio, monkeypatch):
+    """A rough solution may serve the next C as it stands, and would look like a path that has turned."""
+    features, data = problem(kind)
+    monkeypatch.setattr(probes, "pays", lambda *size: together)
+    start = probes._grid(features[0] - features[0].mean(0), data.targets, data.weights, data.task.loss, 1)[0] / 2
+    Cs = [start * ratio ** (i + 1) for i in range(round(np.log(64) / np.log(ratio)))]
+    judged = fit_probes(features, PLACES, data, Cs=Cs)
+    monkeypatch.setattr(probes, "_JUDGED", 1e-4)
+    for ranked, exact in zip(judged, fit_probes(features, PLACES, data, Cs=Cs), strict=True):
+        assert ranked[0].score == pytest.approx(exact[0].score, abs=0.05)
+        assert len(ranked) == pytest.approx(len(exact), abs=0 if ratio < 2 else 1)
+
+
+def test_values_of_C_ascend():
     features, data = problem("binary")
-    features[1] = torch.ones_like(features[1])
-    first, second, third = fit_probes(features, PLACES, data, Cs=5)
-    assert second == []
-    assert min(len(first), len(third)) > 0
+    with pytest.raises(ValueError, match=r"Cs must ascend.*\[1\.0, 0\.1\]"):
+        fit_probes(features, PLACES, data, Cs=[1.0, 0.1])
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("together", [True, False])
+def test_a_tap_without_a_path_has_no_probe_and_leaves_the_others_theirs(together, raw, monkeypatch):
+    features, data = problem("binary")
+    features = [torch.ones_like(features[0]), features[1] * 9, features[2] * torch.linspace(1, 3, 40)]
+    monkeypatch.setattr(probes, "pays", lambda *size: together)
+    none, *found = fit_probes(features, PLACES, data, Cs=5, raw=raw, tol=1e-6)
+    assert none == []
+    for i, ranked in enumerate(found, start=1):
+        (alone,) = fit_probes(features[i : i + 1], PLACES[i : i + 1], data, Cs=5, raw=raw, tol=1e-6)
+        assert pytest.approx(alone[0].C) == ranked[0].C
+        torch.testing.assert_close(ranked[0].fits[0].weight, alone[0].fits[0].weight, atol=5e-3, rtol=0)

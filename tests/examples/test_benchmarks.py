@@ -183,7 +183,7 @@ def test_pipeline_benchmark(run):
 
 
 def test_products_benchmark():
-    options = ("--shapes", "2x60x48", "3x70x20", "--vectors", 1, 9, "--rounds", 1, "--repeats", 2)
+    options = ("--shapes", "2x60x48", "3x70x20", "--vectors", 1, 2, "--rounds", 1, "--repeats", 2)
     found = [json.loads(line) for line in run_example("benchmarks/products.py", *options).splitlines()]
     assert [row["taps, rows, features"] for row in found] == [[2, 60, 48]] * 4 + [[3, 70, 20]] * 4
     assert max(max(row["error"].values()) for row in found) < 1e-4
