@@ -18,7 +18,7 @@ from .blocks import empty, take_rows
 from .folds import FEW_ROWS
 from .losses import Loss
 from .paths import AT_ONCE, InTurn, Paths, Together
-from .solver import PathPoint, smallest_useful_C
+from .solver import PathPoint, demand_ascending, smallest_useful_C
 from .task import Task
 
 Place = tuple[Tap, str]  # and its pooling
@@ -256,8 +256,7 @@ class _Search:
 
 def _grid(x: Tensor, y: Tensor, s: Tensor, loss: Loss, Cs: int | Sequence[float]) -> list[float]:
     if not isinstance(Cs, int):
-        if list(Cs) != sorted(Cs):
-            raise ValueError(f"Cs must ascend, so that each solution starts the next one; got {list(Cs)}.")
+        demand_ascending(Cs)
         return list(Cs)
     start = smallest_useful_C(x, y, s, loss)
     return [start * 2.0 ** (i + 1) for i in range(Cs)] if np.isfinite(start) else []

@@ -74,6 +74,12 @@ def smallest_useful_C(x: Tensor, y: Tensor, s: Tensor, loss: Loss) -> float:
     return 1.0 / peak if peak > 0 else float("inf")
 
 
+def demand_ascending(Cs: Sequence[float]) -> None:
+    """Raise a ``ValueError`` for values of C that are no path."""
+    if list(Cs) != sorted(Cs):
+        raise ValueError(f"Cs must ascend, so that each solution starts the next one; got {list(Cs)}.")
+
+
 def solve_path(
     x: Tensor,
     y: Tensor,
@@ -101,8 +107,7 @@ def solve_path(
         tol: relative duality gap to reach.
         max_steps: Newton steps allowed per ``C``; a point that needs more is yielded with ``converged=False``.
     """
-    if list(Cs) != sorted(Cs):
-        raise ValueError(f"Cs must ascend, so that each solution starts the next one; got {list(Cs)}.")
+    demand_ascending(Cs)
     problem = Problem(x, y, s, loss, factors, start)
     del x  # the problem has its own copy, by columns
     for C in Cs:
