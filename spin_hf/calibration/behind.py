@@ -35,12 +35,12 @@ class Arriving(Generic[K]):
             if device.type == "cuda":
                 self._send(device, {key: parts[key] for key in keys})
             else:  # only CUDA's copies are known to end: elsewhere one that does not block could be read too early
-                self._host |= {key: torch.stack(list(parts[key]), 1).cpu() for key in keys}
+                self._host |= {key: torch.stack(list(parts[key])).cpu() for key in keys}
 
     def _send(self, device: torch.device, parts: Mapping[K, Sequence[Tensor]]) -> None:
         """All values of a device in one copy, beside its next work."""
         with torch.cuda.device(device):
-            joined = torch.cat([part for own in parts.values() for part in own], 1)
+            joined = torch.cat([part.flatten() for own in parts.values() for part in own])
             aside, end = _aside(device), torch.cuda.Event(blocking=True)  # who waits leaves the core to others
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
@@ -48,12 +48,12 @@ class Arriving(Generic[K]):
                 end.record(aside)
             joined.record_stream(aside)
         self._ends.append((device, end))
-        widths = [len(own) * own[0].shape[1] for own in parts.values()]
-        for (key, own), values in zip(parts.items(), host.split(widths, 1), strict=True):
-            self._host[key] = values.unflatten(1, (len(own), -1))
+        sizes = [len(own) * own[0].numel() for own in parts.values()]
+        for (key, own), values in zip(parts.items(), host.split(sizes), strict=True):
+            self._host[key] = values.view(len(own), *own[0].shape)
 
     def arrays(self) -> dict[K, np.ndarray]:
-        """``(rows, parts, width)`` of each key, once they are there."""
+        """``(parts, rows, width)`` of each key, once they are there."""
         for device, end in self._ends:
             with torch.cuda.device(device):  # a thread's own is the first, whatever the process works on
                 end.synchronize()

@@ -83,6 +83,14 @@ class TokenizerMismatchError(CalibrationError):
 class NonFiniteFeaturesError(CalibrationError):
     """A tap produced NaN or infinity."""
 
+    @classmethod
+    def of(cls, tap: object, where: str) -> NonFiniteFeaturesError:
+        """The one to raise where a tap's activations are no numbers."""
+        return cls(
+            f"Tap {tap} produced NaN or infinity ({where}). In float16 the backbone may overflow: load it with "
+            "dtype=torch.bfloat16 or float32. Otherwise its weights are damaged."
+        )
+
 
 class DeviceMemoryError(CalibrationError):
     """A single text, or a single model to be fitted, does not fit the device's memory."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from ..spin_model import SpinModel
 from ..taps import Tap, model_device
 from ..windows import Windows
 from .behind import Arriving, Behind
-from .errors import CalibrationError, EmptyTextError, NonFiniteFeaturesError, PadTokenError, TokenizerMismatchError
+from .errors import CalibrationError, EmptyTextError, PadTokenError, TokenizerMismatchError
 from .fingerprint import vocabulary_of
 from .halving import in_halves, is_out_of_memory, no_room
 from .one_pass import TokenWeightsInOnePass, pool_prefix
@@ -34,7 +34,8 @@ from .tokens import Tokens
 
 _TEXTS_AT_ONCE = 1000  # a tokenizer's own record of a text takes a hundred bytes a token
 _NO_LIMIT = 10**6  # tokenizers without a limit report an absurdly large one
-_THREADS = min(8, os.cpu_count() or 1)  # that hash weights, each with a copy of one where these lie on a device
+_THREADS = min(8, os.cpu_count() or 1)  # that hash weights
+_PIECE = 2**23  # values of a weight that a thread hashes at once: an embedding alone would keep the others waiting
 _PROVENANCE = ("_name_or_path", "architectures", "dtype", "transformers_version")  # no feature depends on these
 
 
@@ -172,15 +173,21 @@ def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], pooling
         digest.update(repr(encoded.windows).encode())
     weights = model.backbone.state_dict()
 
-    def of_weight(name: str) -> bytes:
-        weight = _offloaded(model.backbone, name) if weights[name].is_meta else weights[name].detach().cpu()
-        return hashlib.sha256(weight.contiguous().view(-1).view(torch.uint8).numpy().data).digest()
+    digest.update(repr([(name, tuple(weight.shape)) for name, weight in weights.items()]).encode())
+
+    def pieces() -> Iterator[Tensor]:
+        for name, weight in weights.items():
+            here = _offloaded(model.backbone, name) if weight.is_meta else weight.detach()
+            yield from here.reshape(-1).split(_PIECE)
+
+    def hashed(piece: Tensor) -> bytes:
+        return hashlib.sha256(piece.cpu().view(torch.uint8).numpy().data).digest()
 
     # hashlib lets other threads run meanwhile. Weights that lie elsewhere are fetched one module at a time.
     offloaded = any(weight.is_meta for weight in weights.values())
-    with ThreadPoolExecutor(1 if offloaded else _THREADS) as pool:
-        for name, own in zip(weights, pool.map(of_weight, weights), strict=True):
-            digest.update(name.encode() + own)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for own in (map if offloaded else pool.map)(hashed, pieces()):
+            digest.update(own)
     for rows in (encoded.input_ids, encoded.token_type_ids or []):
         for row in rows:
             digest.update(np.asarray([len(row), *row], dtype=np.int64).tobytes())
@@ -241,10 +248,7 @@ def extract(
 
     def write(number: int, parts: list[Arriving[Tap]]) -> int:
         found = [part.arrays() for part in parts]
-        arrays = {tap: np.concatenate([part[tap] for part in found]) for tap in taps} if found[1:] else found[0]
-        for tap, array in arrays.items():
-            if not np.isfinite(array).all():
-                raise not_finite(tap, f"batch {number}")
+        arrays = {tap: np.concatenate([part[tap] for part in found], 1) for tap in taps} if found[1:] else found[0]
         store.write(number, arrays, parts=len(parts))
         return sum(lengths[row] for row in store.batches[number])
 
@@ -255,14 +259,6 @@ def extract(
     ):
         for number in numbers:
             written(number, in_halves(store.batches[number].tolist(), run))
-
-
-def not_finite(tap: Tap, where: str) -> NonFiniteFeaturesError:
-    """The error to raise where a tap's activations are no numbers."""
-    return NonFiniteFeaturesError(
-        f"Tap {tap} produced NaN or infinity ({where}). In float16 the backbone may overflow: load it with "
-        "dtype=torch.bfloat16 or float32. Otherwise its weights are damaged."
-    )
 
 
 class PooledWhole:

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..taps import Tap
 from .blocks import empty
-from .errors import OutputFolderError
+from .errors import NonFiniteFeaturesError, OutputFolderError
 
 FORMAT = 2
 ABOUT = "store.json"
@@ -69,7 +69,7 @@ class FeatureStore:
         self._record: TextIO | None = None
         self._files: dict[Tap, BinaryIO] = {}
         self._arrays: dict[Tap, np.ndarray] = {}
-        self._written_from = np.empty(0, dtype=np.float32)
+        self._writing: ThreadPoolExecutor | None = None
 
     @property
     def bytes(self) -> int:
@@ -110,24 +110,18 @@ class FeatureStore:
         return found
 
     def write(self, number: int, pooled: Mapping[Tap, np.ndarray], *, parts: int = 1) -> None:
-        """Store a batch, ``(rows, poolings, width)`` for each tap, and record it, read in so many parts.
+        """Store a batch, ``(poolings, rows, width)`` for each tap, and record it, read in so many parts.
 
         Raises:
+            NonFiniteFeaturesError: naming the tap of values that are no numbers.
             OutputFolderError: where the disk is full or fails. What was recorded stays.
         """
-        sums = []
+        if self._writing is None:
+            self._writing = ThreadPoolExecutor(_THREADS)  # one alone may take longer than a GPU for the next batch
+        puts = [self._writing.submit(self._put, number, tap, pooled[tap]) for tap in self.widths]
+        wait(puts)
         try:
-            for tap, starts in self._starts.items():
-                values = pooled[tap].swapaxes(0, 1)
-                part = self._room(int(starts[number + 1] - starts[number]))
-                part[: values.size].reshape(values.shape)[:] = values
-                part[values.size :] = 0
-                if tap not in self._files:
-                    self._files[tap] = self._path(tap).open("r+b", buffering=0)
-                self._files[tap].seek(4 * int(starts[number]))
-                if self._files[tap].write(part.data) != part.nbytes:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
-                sums.append(_sum(part))
+            sums = [put.result() for put in puts]
             if self._record is None:
                 self._record = self._journal.open("a")
                 self._record.write("\n")  # ends what a kill left of a line
@@ -137,14 +131,30 @@ class FeatureStore:
             raise _cannot_write(error) from error
         self._note(number, parts)
 
+    def _put(self, number: int, tap: Tap, pooled: np.ndarray) -> int:
+        """Write a tap's values of a batch; their :func:`_sum`."""
+        if not np.isfinite(pooled).all():
+            raise NonFiniteFeaturesError.of(tap, f"batch {number}")
+        first, end = self._starts[tap][number : number + 2].tolist()
+        values = np.ascontiguousarray(pooled, dtype=np.float32).reshape(-1)
+        rest = np.zeros(end - first - len(values), dtype=np.float32)
+        if tap not in self._files:
+            self._files[tap] = self._path(tap).open("r+b", buffering=0)
+        self._files[tap].seek(4 * first)
+        if sum(self._files[tap].write(part.data) for part in (values, rest)) != 4 * (end - first):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
+        return _sum(values)
+
     def close(self) -> None:
         """End writing; on a network's file system this is what shows it to other machines."""
+        if self._writing is not None:
+            self._writing.shutdown()
         self._arrays.clear()
         for file in (*self._files.values(), self._record):
             if file is not None:
                 file.close()
         self._files.clear()
-        self._record, self._written_from = None, np.empty(0, dtype=np.float32)
+        self._record = self._writing = None
 
     def read(
         self, tap: Tap, pooling: str, columns: np.ndarray | None = None, *, device: torch.device | None = None
@@ -217,12 +227,6 @@ class FeatureStore:
                 found.index_copy_(0, places[first:last], sent if chosen is None else sent.index_select(1, chosen))
 
         return copy
-
-    def _room(self, values: int) -> np.ndarray:
-        """The same memory each time: to be given new takes as long as to write it."""
-        if len(self._written_from) < values:
-            self._written_from = np.empty(values, dtype=np.float32)
-        return self._written_from[:values]
 
     def _note(self, number: int, parts: int) -> None:
         if parts > 1:
@@ -301,9 +305,13 @@ def _starts(values: int, batches: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 
-def _sum(part: np.ndarray) -> int:
-    """Of whole pages. A sum sees any lost page or changed bit, and is ten times faster than a CRC."""
-    return int(part.view(np.uint64).sum())
+def _sum(values: np.ndarray) -> int:
+    """Of float32 by pairs, as whole numbers; zeros behind them change nothing. It sees any lost page or changed bit,
+    and is ten times faster than a CRC.
+    """
+    pairs = values[: len(values) // 2 * 2].view(np.uint64).sum()
+    odd = values[len(values) // 2 * 2 :].view(np.uint32).sum(dtype=np.uint64)
+    return int(np.add(pairs, odd, dtype=np.uint64))
 
 
 def _checksum(sums: Sequence[int]) -> int:

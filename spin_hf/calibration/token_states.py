@@ -22,8 +22,8 @@ from ..attention import cannot_weigh, source
 from ..layout import PositionsError
 from ..spin_model import SpinModel
 from ..taps import Tap, model_device, tap_width
-from .errors import CalibrationError, OutputFolderError
-from .extraction import Encoded, not_finite, pad, plan_batches
+from .errors import CalibrationError, NonFiniteFeaturesError, OutputFolderError
+from .extraction import Encoded, pad, plan_batches
 from .halving import in_halves, is_out_of_memory, no_room
 from .probes import Labelled
 
@@ -307,5 +307,5 @@ class _Writing:
         """
         for tap, wrong in self._wrong:
             if bool(wrong.any()):
-                raise not_finite(tap, f"text {self._states.rows[self._places[int(wrong.nonzero()[0])]]}")
+                raise NonFiniteFeaturesError.of(tap, f"text {self._states.rows[self._places[int(wrong.nonzero()[0])]]}")
         return {}

@@ -27,12 +27,13 @@ from .errors import DeviceMemoryError
 from .extraction import pad
 from .halving import is_out_of_memory
 from .probes import Labelled
+from .replay import Recording, can_replay
 from .solver import balance
 from .token_states import SAMPLE, States, Step, Texts, learning_rows, states_widths
 
 _EPOCHS, _LEAST_STEPS = 10, 200
 _MOST_TEXTS, _LEAST_TEXTS = 96, 8  # of a step
-_RATE = 0.02
+_RATE, _LAST_RATE = 0.02, 0.02  # the second a share of the first, to which it falls
 _VARIANCE = 25.0  # of a logit, in the prior of the head that learns with the queries
 
 
@@ -185,8 +186,10 @@ def _train(
         )
     )
     epochs = max(_EPOCHS, -(-_LEAST_STEPS // len(steps)))
-    optimiser = torch.optim.Adam(model.parameters(), lr=_RATE, betas=(0.9, 0.98), fused=device.type == "cuda" or None)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, epochs * len(steps))
+    replays = can_replay(y) and not states.in_files
+    rate: Any = torch.tensor(_RATE, device=device) if replays else _RATE
+    fused = device.type == "cuda" or None
+    optimiser = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, 0.98), fused=fused, capturable=replays)
     draw = torch.Generator().manual_seed(seed)
     total = s[learned].mean(1).sum()
     best, kept = float("inf"), model.queries()
@@ -195,15 +198,21 @@ def _train(
         value: Tensor = data.task.loss.value(model(states, own, step), y[own], s[own]).sum()
         return value
 
+    def take(number: int) -> None:
+        own, step = steps[number]
+        objective = loss(own, step) / s[own].mean(1).sum() + model.penalty() / (2 * total)
+        optimiser.zero_grad()
+        objective.backward()
+        optimiser.step()
+
+    taken = _Replayed(take, device) if replays else take
     done = 0
     for epoch in range(1, epochs + 1):
-        for number in torch.randperm(len(steps), generator=draw).tolist():
-            own, step = steps[number]
-            objective = loss(own, step) / s[own].mean(1).sum() + model.penalty() / (2 * total)
-            optimiser.zero_grad()
-            objective.backward()
-            optimiser.step()
-            schedule.step()
+        for count, number in enumerate(torch.randperm(len(steps), generator=draw).tolist(), (epoch - 1) * len(steps)):
+            slower = _RATE * (1 - (1 - _LAST_RATE) * count / (epochs * len(steps)))
+            for group in optimiser.param_groups:
+                group["lr"] = rate.fill_(slower) if replays else slower
+            taken(number)
         with torch.no_grad():
             value = float(torch.stack([loss(*look) for look in looks]).sum())
         if value < best:
@@ -212,3 +221,36 @@ def _train(
         advance(reached - done)
         done = reached
     return kept
+
+
+class _Replayed:
+    """Steps on a GPU: each is taken as it is the first time, recorded the second time, and then replayed.
+
+    A step of a small backbone's states is many small kernels, which take a tenth of the time that launching them does.
+    """
+
+    def __init__(self, take: Callable[[int], object], device: torch.device) -> None:
+        self._take, self._device = take, device
+        self._recorded: dict[int, Recording | None] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._room = True
+
+    def __call__(self, number: int) -> None:
+        known = self._recorded.get(number)
+        if known is None and number in self._recorded and self._room:
+            known = self._record(number)
+        if known is None:
+            self._take(number)
+        else:
+            known()
+        self._recorded[number] = known
+
+    def _record(self, number: int) -> Recording | None:
+        """Of one step, or nothing where there is no memory for another one."""
+        try:
+            return Recording(lambda: self._take(number), self._device, self._pool)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        self._room = False
+        return None

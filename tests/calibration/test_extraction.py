@@ -325,7 +325,7 @@ def filled(folder, batches):
     store = FeatureStore(folder, widths={tap: 5}, poolings=["mean", "max"], batches=batches)
     store.create({})
     for number, of_batch in enumerate(batches):
-        store.write(number, {tap: values[of_batch]})
+        store.write(number, {tap: values[of_batch].swapaxes(0, 1)})
     store.close()
     return store, values
 

@@ -35,7 +35,7 @@ def store(tmp_path):
     store.create({})
     draws = np.random.default_rng(0)
     for number, rows in enumerate(batches):
-        store.write(number, {tap: draws.normal(size=(len(rows), 2, width)) for tap, width in widths.items()})
+        store.write(number, {tap: draws.normal(size=(2, len(rows), width)) for tap, width in widths.items()})
     return store
 
 
