@@ -28,7 +28,7 @@ _CHECK_EVERY = 25  # steps between two looks at the gaps
 _PLAIN_STEPS = 100  # after which what is not solved is ill-conditioned: jumps may pay, and a GPU looks half as often
 _JUMPING = 4.0  # times the seconds of steps, what jumps may take
 # Seconds of a step or jump and of what it reads or computes, on an H100; what counts is how they compare.
-_STEP, _BYTE, _JUMP, _OPERATION = 1e-4, 4e-13, 4e-3, 6e-14
+_STEP, _BYTE, _JUMP, _OPERATION = 1e-4, 4e-13, 8e-3, 6e-14
 _PATIENCE = 500  # steps without a better gap anywhere after which rounding is taken to be the limit
 _LANCZOS_ROUNDS = 12
 _LEAST_WORKING = 512
@@ -305,32 +305,39 @@ class _Batch:
         return _STEP + 4 * (2 * self.x.numel() + 10 * scores) * _BYTE
 
     def jump_seconds(self, state: _State) -> Tensor:
-        """About what a jump of each problem takes ``(B, C)``, most of it for the Hessian of the weights not zero."""
+        """About what a jump of each problem takes ``(B, C)`` beside others, most of it for the Hessian of the weights
+        not zero.
+        """
         rows, weights = self.x.shape[1], (state.weight != 0).sum(1).double()  # (B, C, K)
         together = weights.sum(-1, keepdim=True) if self.loss.coupled else weights
         most = weights_at_once(rows)
         operations = 2 * rows * together * together.clamp(max=most)
-        seconds: Tensor = _JUMP * (together / most).ceil() + _OPERATION * operations
-        return seconds.sum(-1)
+        in_turn = (together / most).ceil().amax(-1) - 1
+        seconds: Tensor = _JUMP * in_turn.clamp_min(0) + _OPERATION * operations.sum(-1)
+        return seconds
 
     def jump_worst(self, state: _State, penalty: Penalty, intercepts: Tensor, gaps: Tensor, seconds: float) -> float:
         """:meth:`jump` with the problems of the largest gaps ``(B, C)``, as many as this time serves; what it took."""
-        taken, costs = 0.0, self.jump_seconds(state).flatten().tolist()
+        taken, chosen, costs = _JUMP, [], self.jump_seconds(state).flatten().tolist()
         for place in gaps.flatten().argsort(descending=True, stable=True)[: int((gaps > 0).sum())].tolist():
             if taken + costs[place] > seconds:
                 break
             taken += costs[place]
-            self.jump(state, penalty, intercepts, *divmod(place, gaps.shape[1]))
+            chosen.append(place)
+        if not chosen:
+            return 0.0
+        places = torch.tensor(chosen, device=gaps.device)
+        self.jump(state, penalty, intercepts, places // gaps.shape[1], places % gaps.shape[1])
         return taken
 
-    def jump(self, state: _State, penalty: Penalty, intercepts: Tensor, row: int, column: int) -> None:
-        """Move one problem of the state by second-order steps, from these intercepts ``(B, C, K)``."""
-        spot, own = (row, slice(None), column), penalty.of(row, column)
-        start = intercepts[row, column].to(self.x.dtype)
-        weight, intercept = jump(self.x[row], self.y, self.s, self.loss, own, state.weight[spot], start)
-        state.weight[spot] = state.ahead[spot] = weight
-        state.intercept[row, 0, column] = state.ahead_intercept[row, 0, column] = intercept
-        state.momentum[row, 0, column] = 1.0
+    def jump(self, state: _State, penalty: Penalty, intercepts: Tensor, rows: Tensor, columns: Tensor) -> None:
+        """Move some problems of the state by second-order steps, from these intercepts ``(B, C, K)``."""
+        spots, starts = (rows, slice(None), columns), intercepts[rows, columns].to(self.x.dtype)
+        given = self.y, self.s, self.loss, penalty.of(rows, columns), state.weight[spots], starts
+        weight, intercept = jump(self.x, rows.tolist(), *given)
+        state.weight[spots] = state.ahead[spots] = weight
+        state.intercept[rows, 0, columns] = state.ahead_intercept[rows, 0, columns] = intercept
+        state.momentum[rows, 0, columns] = 1.0
 
     def certify(self, weight: Tensor, intercept: Tensor, penalty: Penalty) -> tuple[Tensor, Tensor, Tensor]:
         """Objective ``(B, C)``, relative gap ``(B, C)`` and the best intercepts ``(B, C, K)``."""

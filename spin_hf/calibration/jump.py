@@ -1,16 +1,19 @@
-"""A Newton step on the support of one penalised problem: where first-order steps have found the signs, the values.
+"""Newton steps on the supports of penalised problems: where first-order steps have found the signs, the values.
 
 Weak penalties leave the curvature to the features, whose spread makes first-order steps crawl. On the weights that are
 not zero, their signs taken as given, the objective is smooth and its Hessian a Gram matrix: cheap on a GPU. A weight
-that would change its sign stops at zero, and of some lengths the best is taken, so no jump does harm.
+that would change its sign stops at zero, and of some lengths the best is taken, so no jump does harm. Problems jump
+side by side: a jump is many small operations, and to tell a GPU of them takes longer than they do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .losses import Loss
 
@@ -19,173 +22,264 @@ _IN_A_ROW = 3  # jumps, while they are not of the whole length
 _ROUNDS = 15  # of leaving the weights at zero that came there
 _SHARES = (0.0, 0.1, 0.3, 0.6)  # of the weights that would change their sign, to stop at
 _MOST_HELD = 1 / 16  # of the weights, up to which a factor of them all serves for the rest
-_MOST_WEIGHTS = 4096  # that jump together: more of them do so in turn
-_MOST_VALUES = 2**28  # of their features' rows, for which a Hessian is made
+_MOST_WEIGHTS = 4096  # of a problem that jump together: more of them do so in turn
+_MOST_VALUES = 2**28  # of the features' rows that Hessians are made of at once
+_FEW = 128  # weights to which problems may be filled up, or to twice as many, to jump beside others
 
 
 @dataclass(frozen=True)
 class Elastic:
-    """The penalty ``threshold |w| + ridge / 2 w^2`` of the weights ``(d, K)`` of one problem.
+    """The penalty ``threshold |w| + ridge / 2 w^2`` of the weights ``(P, d, K)`` of some problems.
 
     Args:
-        threshold: ``(d, 1)``.
-        ridge: a scalar.
-        members: which features may have a weight, ``(d, 1)``; those that have one, where it is ``None``.
+        threshold: ``(P, d, 1)``.
+        ridge: ``(P, 1, 1)``.
+        members: which features may have a weight, ``(P, d, 1)``; those that have one, where it is ``None``.
     """
 
     threshold: Tensor
     ridge: Tensor
     members: Tensor | None
 
+    def take(self, which: Tensor) -> Elastic:
+        """Of some of the problems."""
+        members = None if self.members is None else self.members[which]
+        return Elastic(self.threshold[which], self.ridge[which], members)
+
     def support(self, weight: Tensor) -> Tensor:
         return weight != 0 if self.members is None else (self.members > 0).expand_as(weight)
 
-    def slope(self, weight: Tensor) -> Tensor:
-        return self.threshold * weight.sign() + self.ridge * weight
-
-    def signs(self, weight: Tensor) -> Tensor:
-        """Those that the slope at ``weight`` holds for; 0 for any."""
-        return weight.sign() * (self.threshold > 0)
-
-    def cost(self, weight: Tensor) -> Tensor:
-        """Of weights ``(..., d, K)``, ``(..., K)``, float64."""
-        each = (self.threshold * weight.abs()).masked_fill(weight == 0, 0.0) + self.ridge / 2 * weight.square()
-        return each.sum(-2, dtype=torch.float64)
-
 
 def jump(
-    x: Tensor, y: Tensor, s: Tensor, loss: Loss, penalty: Elastic, weight: Tensor, intercept: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Weights and intercepts of no higher objective than the given ones.
-
-    Args:
-        x: features ``(n, d)``.
-        y: targets ``(n, K)``, float64.
-        s: row weights ``(n, 1)``, or ``(n, K)`` where the columns are separate, float64.
-        weight: ``(d, K)``.
-        intercept: ``(K,)``.
-    """
-    if not loss.coupled and y.shape[1] > 1:
-        columns = [slice(k, k + 1) for k in range(y.shape[1])]
-        parts = [
-            jump(x, y[:, k], s[:, k] if s.shape[1] > 1 else s, loss, penalty, weight[:, k], intercept[k])
-            for k in columns
-        ]
-        return torch.cat([part for part, _ in parts], 1), torch.cat([part for _, part in parts])
-    if loss.coupled and penalty.members is None:
-        # Raising a feature's weights alike for all classes changes the penalty alone: it is least with one at zero.
-        weight = weight - weight.median(1, keepdim=True).values
-    for _ in range(_IN_A_ROW):
-        done = True
-        for own in penalty.support(weight).T.nonzero().split(weights_at_once(len(x))):
-            weight, intercept, full = _step(x, y, s, loss, penalty, weight, intercept, *own.unbind(1))
-            done = done and full
-        if done:
-            break
-    return weight, intercept
-
-
-def weights_at_once(rows: int) -> int:
-    """How many weights jump together, with so many rows."""
-    return min(_MOST_WEIGHTS, max(1, _MOST_VALUES // rows))
-
-
-def _step(
     x: Tensor,
+    taps: Sequence[int],
     y: Tensor,
     s: Tensor,
     loss: Loss,
     penalty: Elastic,
     weight: Tensor,
     intercept: Tensor,
-    output: Tensor,
-    feature: Tensor,
-) -> tuple[Tensor, Tensor, bool]:
-    """One jump of the weights ``(feature, output)``, both ``(m,)``; whether its whole length, or none, was best."""
-    z = (x @ weight + intercept).double()
-    residual = loss.residual(z, y, s).to(x.dtype)
-    down = torch.cat([(x.T @ residual - penalty.slope(weight))[feature, output], residual.sum(0)])
-    outputs = torch.cat([output, torch.arange(len(intercept), device=x.device)])
-    rows = torch.cat([x[:, feature], x.new_ones(len(x), len(intercept))], 1)
-    hessian = _hessian(rows, outputs, loss, z, s)
-    # More than the rounding of float32, so that it can be factorised; little beside any curvature that matters.
-    hessian.diagonal().add_(1e-6 * hessian.diagonal().amax())
-    hessian.diagonal()[: len(feature)].add_(penalty.ridge)
-    present, signs = weight[feature, output], penalty.signs(weight)[feature, output]
-    present, signs = (torch.cat([part, x.new_zeros(len(intercept))]) for part in (present, signs))
-    move = within_signs(hessian, down, present, signs) - present
-    if not move.isfinite().all():
-        return weight, intercept, True
-    lengths = torch.tensor(_LENGTHS, dtype=x.dtype, device=x.device)
-    trials = weight.repeat(len(lengths), 1, 1)
-    ends = torch.where(lengths[:, None] == 1.0, present + move, present + lengths[:, None] * move)
-    trials[:, feature, output] = ends[:, : len(feature)]
-    intercepts = intercept + lengths[:, None] * move[len(feature) :]
-    scores = (x @ trials.permute(1, 0, 2).flatten(1)).unflatten(1, trials.shape[::2]).transpose(0, 1)
-    fit = loss.value((scores + intercepts[:, None]).double(), y, s)
-    best = int((fit + penalty.cost(trials)).sum(-1).nan_to_num(torch.inf).argmin())
-    return trials[best], intercepts[best], _LENGTHS[best] in (0.0, 1.0)
+) -> tuple[Tensor, Tensor]:
+    """Weights and intercepts of no higher objectives than the given ones, of ``P`` problems.
+
+    Args:
+        x: features ``(B, n, d)``.
+        taps: which of the ``B`` each problem is of.
+        y: targets ``(n, K)``, float64.
+        s: row weights ``(n, 1)``, or ``(n, K)`` where the columns are separate, float64.
+        weight: ``(P, d, K)``.
+        intercept: ``(P, K)``.
+    """
+    problems, d, outputs = weight.shape
+    targets, weights = y.expand(problems, -1, -1), s.expand(problems, -1, -1)
+    if not loss.coupled:  # each output is a problem of its own
+        taps = [tap for tap in taps for _ in range(outputs)]
+        penalty = penalty.take(torch.arange(problems, device=x.device).repeat_interleave(outputs))
+        weight, intercept = weight.mT.reshape(-1, d, 1), intercept.reshape(-1, 1)
+        targets, weights = (part.T.repeat(problems, 1)[..., None] for part in (y, s.expand_as(y)))
+    elif penalty.members is None:
+        # Raising a feature's weights alike for all classes changes the penalty alone: it is least with one at zero.
+        weight = weight - weight.median(2, keepdim=True).values
+    weight, intercept = weight.clone(), intercept.clone()
+    left = torch.arange(len(taps), device=x.device)
+    for _ in range(_IN_A_ROW):
+        sizes = penalty.take(left).support(weight[left]).flatten(1).sum(1).tolist()
+        going = []
+        for group in _groups(sizes, x.shape[1]):
+            own = left[torch.tensor(group, device=x.device)]
+            features = [x[taps[i]] for i in own.tolist()]
+            part = _Jumping(features, targets[own], weights[own], loss, penalty.take(own), weight[own], intercept[own])
+            done = part.jump(sizes[group[0]])
+            weight[own], intercept[own] = part.weight, part.intercept
+            going.append(own[~done])
+        left = torch.cat(going)
+        if not len(left):
+            break
+    if not loss.coupled:
+        weight, intercept = weight.view(problems, outputs, d).mT, intercept.view(problems, outputs)
+    return weight, intercept
 
 
-def within_signs(hessian: Tensor, down: Tensor, present: Tensor, signs: Tensor) -> Tensor:
+def weights_at_once(rows: int) -> int:
+    """How many weights of a problem jump together, with so many rows."""
+    return min(_MOST_WEIGHTS, max(1, _MOST_VALUES // rows))
+
+
+def _groups(sizes: Sequence[int], rows: int) -> Iterator[list[int]]:
+    """Problems of about as many weights, the most first, as far as there is room for their features."""
+    group: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        most = sizes[group[0]] if group else 0
+        if group and (most > 2 * max(sizes[i], _FEW) or (len(group) + 1) * most * rows > _MOST_VALUES):
+            yield group
+            group = []
+        group.append(i)
+    yield group
+
+
+class _Jumping:
+    """Some problems, and where they are; with one output where outputs are separate.
+
+    Args:
+        x: features ``(n, d)`` of each.
+        y, s: ``(P, n, K)`` and ``(P, n, 1)``.
+        loss, penalty, weight, intercept: as :func:`jump` takes them.
+    """
+
+    def __init__(
+        self, x: Sequence[Tensor], y: Tensor, s: Tensor, loss: Loss, penalty: Elastic, weight: Tensor, intercept: Tensor
+    ) -> None:
+        self.x, self.y, self.s, self.loss, self.penalty = x, y, s, loss, penalty
+        self.weight, self.intercept = weight, intercept
+
+    def jump(self, most: int) -> Tensor:
+        """One jump, of ``most`` weights of a problem; for which the whole length, or none, was best."""
+        support = self.penalty.support(self.weight).mT.flatten(1)  # (P, K * d)
+        places, real = _first(support, most)
+        at_once = weights_at_once(len(self.x[0]))
+        done = torch.ones_like(real[:, 0]) if most else torch.ones_like(support[:, 0])
+        for part, is_real in zip(places.split(at_once, 1), real.split(at_once, 1), strict=True):
+            done &= self._step(part, is_real)
+        return done
+
+    def _step(self, places: Tensor, real: Tensor) -> Tensor:
+        """:meth:`jump` of the weights of these places ``output * d + feature`` ``(P, m)``, as far as they are real."""
+        (_, d, outputs), m = self.weight.shape, places.shape[1]
+        feature = places % d
+        output = torch.cat([places // d, torch.arange(outputs, device=places.device).expand(len(places), -1)], 1)
+        rows = torch.stack([x.index_select(1, own) for x, own in zip(self.x, feature, strict=True)])
+        rows = F.pad(rows, (0, outputs), value=1.0)  # (P, n, m + K): behind the weights come the intercepts
+        scores = torch.stack([x @ own for x, own in zip(self.x, self.weight, strict=True)])
+        z = (scores + self.intercept[:, None]).double()
+        every = self.weight.mT.flatten(1)
+        threshold = self.penalty.threshold[..., 0].gather(1, feature).masked_fill(~real, 0.0)
+        ridge = self.penalty.ridge[:, 0].masked_fill(~real, 0.0)
+        present, threshold, ridge = (F.pad(part, (0, outputs)) for part in (every.gather(1, places), threshold, ridge))
+        residual = self.loss.residual(z, self.y, self.s).to(rows.dtype)
+        pull = (rows.mT @ residual).gather(2, output[..., None])[..., 0]
+        real = F.pad(real, (0, outputs), value=True)
+        hessian = self._hessian(rows, output, z)
+        # More than the rounding of float32, so that it can be factorised; little beside any curvature that matters.
+        diagonal = hessian.diagonal(dim1=1, dim2=2)
+        diagonal.add_(1e-6 * diagonal.masked_fill(~real, 0.0).amax(1, keepdim=True) + ridge)
+        signs = present.sign() * (threshold > 0)  # those that the slope there holds for; 0 for any
+        down = pull - threshold * present.sign() - ridge * present
+        move = within_signs(hessian, down, present, signs, real) - present
+        failed = ~move.isfinite().all(1)
+        move = move.masked_fill(failed[:, None], 0.0)
+        lengths = torch.tensor(_LENGTHS, dtype=rows.dtype, device=rows.device)[:, None]
+        ends = torch.where(lengths == 1.0, (present + move)[:, None], present[:, None] + lengths * move[:, None])
+        by_output = rows.new_zeros(*move.shape, outputs).scatter(2, output[..., None], move[..., None])
+        trials = z[:, None] + lengths[..., None] * (rows @ by_output)[:, None]  # (P, lengths, n, K)
+        fit = self.loss.value(trials.double(), self.y[:, None], self.s[:, None]).sum(-1)
+        cost = (threshold[:, None] * ends.abs() + ridge[:, None] / 2 * ends.square()).sum(-1, dtype=torch.float64)
+        best = (fit + cost).nan_to_num(torch.inf).argmin(1)
+        end = ends[torch.arange(len(ends), device=best.device), best]
+        self.weight = every.scatter(1, places, end[:, :m]).view(-1, outputs, d).mT
+        self.intercept = self.intercept + end[:, m:]
+        return failed | (best <= 1)
+
+    def _hessian(self, rows: Tensor, output: Tensor, z: Tensor) -> Tensor:
+        """``(P, m, m)`` of features ``(P, n, m)`` whose weights belong to these outputs ``(P, m)``."""
+        if not self.loss.coupled:
+            return (rows * self.loss.curvature(z, self.s).to(rows.dtype)).mT @ rows
+        p = torch.softmax(z, -1).to(rows.dtype)
+        likely = rows * p.gather(2, output[:, None].expand(-1, rows.shape[1], -1))
+        weighted = likely * self.s.to(rows.dtype)
+        between = output[:, :, None] != output[:, None]
+        return (weighted.mT @ rows).masked_fill_(between, 0.0).sub_(weighted.mT @ likely)
+
+
+def within_signs(hessian: Tensor, down: Tensor, present: Tensor, signs: Tensor, real: Tensor | None = None) -> Tensor:
     """Where ``<v - present, hessian (v - present)> / 2 - <down, v - present>`` is low among the ``v`` of these signs.
 
     An active set method: to the least value of all, unless some weights would change their signs on the way. Then only
     so far that a part of them, at least the first, is at zero, where they stay; and on from there.
 
     Args:
-        hessian: ``(m, m)``.
-        down, present: ``(m,)``.
-        signs: ``(m,)``; 0 where a weight may have any.
+        hessian: of ``P`` problems, ``(P, m, m)``.
+        down, present: ``(P, m)``.
+        signs: ``(P, m)``; 0 where a weight may have any.
+        real: ``(P, m)``; others stay where they are. All are by default.
     """
-    v, free = present, torch.ones_like(present, dtype=torch.bool)
-    part = free.nonzero()[:, 0]
-    factor: Tensor | None = None
+    if not present.shape[1]:
+        return present
+    free = real = torch.ones_like(present, dtype=torch.bool) if real is None else real
+    v, factor = present, _Factor.of(hessian, free)
+    done = factor.failed
+    shares = torch.tensor(_SHARES, dtype=v.dtype, device=v.device)
+    problems = torch.arange(len(v), device=v.device)
     for _ in range(_ROUNDS):
-        held = (~free[part]).nonzero()[:, 0]
-        if factor is None or len(held) > len(part) * _MOST_HELD:
-            part, held = free.nonzero()[:, 0], held[:0]
-            factor, failed = torch.linalg.cholesky_ex(hessian[part[:, None], part])
-            if failed:
-                return v
-        slope = down - hessian @ (v - present)
-        toward = torch.zeros_like(v)
-        toward[part] = _solve_holding(factor, slope[part], held)
-        leaving = free & (signs * (v + toward) <= 0) & (signs != 0)
-        if not leaving.any():
-            return v + toward
-        reached = (-v / toward).masked_fill(~leaving, torch.inf)
-        stops = reached[leaving].quantile(torch.tensor(_SHARES, device=v.device, dtype=v.dtype))
-        stops = torch.cat([stops, torch.ones_like(stops[:1])])[:, None]
-        trials = torch.where(reached <= stops, torch.zeros_like(v), v + stops * toward)
-        moves = trials - present
-        v = trials[((moves @ hessian) * moves).sum(1).div(2).sub(moves @ down).argmin()]
-        free = (v != 0) | (signs == 0)
+        held = factor.own & ~free.gather(1, factor.places) & ~done[:, None]
+        counts = held.sum(1)
+        too_many = (counts > factor.own.sum(1) * _MOST_HELD).any()
+        most, renew = torch.stack([counts.max(), too_many.long()]).tolist()
+        if renew:
+            factor, most = _Factor.of(hessian, free), 0
+            held, done = torch.zeros_like(factor.own), done | factor.failed
+        slope = down - (hessian @ (v - present)[..., None])[..., 0]
+        toward = factor.solve(slope, held, most).masked_fill(done[:, None], 0.0)
+        leaving = free & (signs * (v + toward) <= 0) & (signs != 0) & ~done[:, None]
+        reached = (-v / toward).masked_fill(~leaving, torch.nan)
+        stops = torch.cat([reached.nanquantile(shares, 1), torch.ones_like(v[None, :, 0])])[..., None]
+        trials = torch.where(reached <= stops, torch.zeros_like(v), v + stops * toward).transpose(0, 1)
+        moves = trials - present[:, None]  # (P, stops, m), NaN but for the last where none is leaving
+        value = ((moves @ hessian) * moves).sum(2) / 2 - (moves * down[:, None]).sum(2)
+        v = trials[problems, value.nan_to_num(torch.inf).argmin(1)]
+        free = real & ((v != 0) | (signs == 0))
+        done = done | ~leaving.any(1)
+        if bool(done.all()):
+            break
     return v
 
 
-def _solve_holding(factor: Tensor, slope: Tensor, held: Tensor) -> Tensor:
-    """The solution ``(m,)`` in the weights that are not held, which stay, by the Cholesky factor ``(m, m)`` of all."""
-    units = torch.zeros(len(slope), len(held), dtype=slope.dtype, device=slope.device)
-    units[held, torch.arange(len(held), device=held.device)] = 1.0
-    solved = torch.cholesky_solve(torch.cat([slope[:, None], units], 1), factor)
-    free, pulls = solved[:, 0], solved[:, 1:]
-    if len(held):
-        free = free - pulls @ torch.linalg.solve(pulls[held], free[held])
-        free[held] = 0.0
-    return free
+@dataclass(frozen=True)
+class _Factor:
+    """Cholesky factors ``(P, q, q)`` of parts of some matrices.
+
+    Attributes:
+        places: of these parts, ``(P, q)``, the smaller ones filled up.
+        own: what is no filling.
+        failed: which matrices are not positive definite.
+    """
+
+    places: Tensor
+    own: Tensor
+    factor: Tensor
+    failed: Tensor
+
+    @classmethod
+    def of(cls, matrices: Tensor, which: Tensor) -> _Factor:
+        """Of the parts of ``(P, m, m)`` that are true in ``(P, m)``."""
+        places, own = _first(which, int(which.sum(1).max()))
+        within = matrices.gather(1, places[..., None].expand(-1, -1, matrices.shape[2]))
+        within = within.gather(2, places[:, None].expand(-1, places.shape[1], -1))
+        within = within.masked_fill_(~(own[..., None] & own[:, None]), 0.0)
+        within.diagonal(dim1=1, dim2=2).add_(~own)
+        factor, info = torch.linalg.cholesky_ex(within)
+        return cls(places, own, factor, info > 0)
+
+    def solve(self, slope: Tensor, held: Tensor, most: int) -> Tensor:
+        """The solutions ``(P, m)`` in the parts, but for what of these ``(P, q)`` is held, at most so many: zero there,
+        and outside of the parts.
+        """
+        right = slope.gather(1, self.places).masked_fill(~self.own, 0.0)[..., None]
+        if most:
+            places, own = _first(held, most)
+            units = torch.zeros_like(right).repeat(1, 1, most).scatter_(1, places[:, None], own[:, None].to(right))
+            solved = torch.cholesky_solve(torch.cat([right, units], 2), self.factor)
+            found, pulls = solved[..., :1], solved[..., 1:]
+            between = pulls.gather(1, places[..., None].expand(-1, -1, most))
+            between = between.masked_fill_(~(own[..., None] & own[:, None]), 0.0)
+            between.diagonal(dim1=1, dim2=2).add_(~own)
+            pulled = found.gather(1, places[..., None]).masked_fill(~own[..., None], 0.0)
+            found = found - pulls @ torch.linalg.solve_ex(between, pulled)[0]
+        else:
+            found = torch.cholesky_solve(right, self.factor)
+        return torch.zeros_like(slope).scatter(1, self.places, found[..., 0].masked_fill(held | ~self.own, 0.0))
 
 
-def _hessian(rows: Tensor, outputs: Tensor, loss: Loss, z: Tensor, s: Tensor) -> Tensor:
-    """``(m, m)``, of features ``rows`` ``(n, m)`` whose weights belong to ``outputs`` ``(m,)``."""
-    if not loss.coupled:
-        return (rows * loss.curvature(z, s).to(rows.dtype)).T @ rows
-    p, weights = torch.softmax(z, -1).to(rows.dtype), s.to(rows.dtype)
-    weighted = rows * p[:, outputs]
-    hessian = (weighted * weights).T @ weighted
-    hessian.neg_()
-    for k in range(z.shape[1]):
-        mine = (outputs == k).nonzero()[:, 0]
-        own = rows[:, mine]
-        hessian[mine[:, None], mine] += (own * (weights * p[:, k : k + 1])).T @ own
-    return hessian
+def _first(which: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Places ``(P, count)`` of what is true in ``which`` ``(P, m)``, then of others; and which of both they are."""
+    places = which.byte().argsort(stable=True, dim=1, descending=True)[:, :count]
+    return places, which.gather(1, places)

@@ -36,8 +36,8 @@ class Penalty(Protocol):
         """Of some of the ``B`` and of the ``C``."""
         ...
 
-    def of(self, row: int, column: int) -> Elastic:
-        """Of one problem."""
+    def of(self, rows: Tensor, columns: Tensor) -> Elastic:
+        """Of some problems, whose places among the ``B`` and the ``C`` these are."""
         ...
 
 
@@ -66,9 +66,9 @@ class L1:
     def take(self, rows: Tensor, columns: Tensor) -> L1:
         return L1(take(self.thresholds, rows, columns))
 
-    def of(self, row: int, column: int) -> Elastic:
-        threshold = self.thresholds[row % len(self.thresholds), :, column % self.thresholds.shape[2]]
-        return Elastic(threshold, threshold.new_zeros(()), None)
+    def of(self, rows: Tensor, columns: Tensor) -> Elastic:
+        threshold = self.thresholds[rows % len(self.thresholds), :, columns % self.thresholds.shape[2]]
+        return Elastic(threshold, threshold.new_zeros(len(threshold), 1, 1), None)
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class L2:
     def take(self, rows: Tensor, columns: Tensor) -> L2:
         return L2(take(self.ridge, rows, columns), take(self.members, rows, columns))
 
-    def of(self, row: int, column: int) -> Elastic:
-        members = self.members[0, :, column]
-        return Elastic(torch.zeros_like(members), self.ridge[0, 0, column, 0], members)
+    def of(self, rows: Tensor, columns: Tensor) -> Elastic:
+        members = self.members[0].movedim(1, 0)[columns]
+        return Elastic(torch.zeros_like(members), self.ridge[0, 0, columns, None], members)
 
 
 def take(part: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -252,5 +252,5 @@ def _minimise_on_support(grams: Grams, linear: Tensor, penalties: Tensor, v: Ten
         gram, present = grams[k][support[:, None], support], row[support]
         signs = present.sign() * (penalties[k, support] > 0)
         down = linear[k, support] - gram @ present - penalties[k, support] * signs
-        lower[k, support] = within_signs(gram, down, present, signs)
+        (lower[k, support],) = within_signs(gram[None], down[None], present[None], signs[None])
     return lower

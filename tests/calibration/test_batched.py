@@ -180,7 +180,8 @@ def test_the_bound_is_hardly_more_than_the_largest_curvature(spread, seed):
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_jumps_take_no_more_time_than_they_are_given(kind):
+def test_jumps_take_no_more_time_than_they_are_given(kind, monkeypatch):
+    monkeypatch.setattr(batched, "_JUMP", 1e-8)
     x, y, s = problem(kind)
     penalty = L1(torch.ones(1, 40, 2, 1))
     batch = batched._Batch(x, y, s, LOSSES[kind])
@@ -190,19 +191,19 @@ def test_jumps_take_no_more_time_than_they_are_given(kind):
     gaps = torch.tensor([[0.1, 0.0], [0.3, 0.2], [0.0, 0.4]])
     worst = [(2, 1), (1, 0), (1, 1), (0, 0)]
     jumped = []
-    batch.jump = lambda state, penalty, intercepts, row, column: jumped.append((row, column))
+    batch.jump = lambda *given: jumped.extend(zip(given[3].tolist(), given[4].tolist(), strict=True))
     for count in range(5):
         jumped.clear()
-        given = sum(float(costs[spot]) for spot in worst[:count])
+        given = batched._JUMP * (count > 0) + sum(float(costs[spot]) for spot in worst[:count])
         assert batch.jump_worst(state, penalty, state.intercept[:, 0], gaps, given * 1.001) == pytest.approx(given)
         assert jumped == worst[:count]
 
 
 @pytest.mark.parametrize(
     ("kind", "parts", "squares"),  # of four weights of a class and six of another, five at a time
-    [("logistic", 1 + 2, 4 * 4 + 6 * 5), ("multinomial", 2, 10 * 5)],
+    [("logistic", 2, 4 * 4 + 6 * 5), ("multinomial", 2, 10 * 5)],
 )
-def test_the_time_of_a_jump_is_that_of_its_parts(kind, parts, squares, monkeypatch):
+def test_the_time_of_a_jump_beside_others_is_that_of_its_further_parts(kind, parts, squares, monkeypatch):
     monkeypatch.setattr("spin_hf.calibration.jump._MOST_WEIGHTS", 5)
     monkeypatch.setattr(batched, "_JUMP", 1000.0)
     monkeypatch.setattr(batched, "_OPERATION", 1.0)
@@ -210,7 +211,7 @@ def test_the_time_of_a_jump_is_that_of_its_parts(kind, parts, squares, monkeypat
     weight[0, :4, 0, 0] = weight[0, :6, 0, 1] = -1.0
     batch = batched._Batch(torch.ones(1, 7, 40), torch.ones(7, 2), torch.ones(7, 1), LOSSES[kind])
     found = batch.jump_seconds(batched._State.begin(weight, torch.zeros(1, 1, 1, 2)))
-    assert found.tolist() == [[1000.0 * parts + 2 * 7 * squares]]
+    assert found.tolist() == [[1000.0 * (parts - 1) + 2 * 7 * squares]]
 
 
 @pytest.mark.parametrize(("wide", "most_read"), [(10, 2**25), (2048, 1000)])

@@ -33,7 +33,7 @@ def solutions(x, y, s, loss, **options):
 def test_against_sklearn(loss, outputs, columns):
     """More columns than rows take another way to the same solution."""
     x, y, s = make(loss, outputs=outputs, columns=columns)
-    for point in solutions(x, y, s, loss, tol=1e-8):
+    for point in solutions(x, y, s, loss, tol=1e-7):  # about as far as float32 gets
         if isinstance(loss, Squared):
             other = Ridge(alpha=1 / point.C, tol=1e-12)
         else:
