@@ -24,6 +24,7 @@ _SHARES = (0.0, 0.1, 0.3, 0.6)  # of the weights that would change their sign, t
 _MOST_HELD = 1 / 16  # of the weights, up to which a factor of them all serves for the rest
 _MOST_WEIGHTS = 4096  # of a problem that jump together: more of them do so in turn
 _MOST_VALUES = 2**28  # of the features' rows that Hessians are made of at once
+_MOST_VALUES_CPU = 2**17  # beside others, where filling up costs more than what is saved otherwise
 _FEW = 128  # weights to which problems may be filled up, or to twice as many, to jump beside others
 
 
@@ -85,7 +86,7 @@ def jump(
     for _ in range(_IN_A_ROW):
         sizes = penalty.take(left).support(weight[left]).flatten(1).sum(1).tolist()
         going = []
-        for group in _groups(sizes, x.shape[1]):
+        for group in _groups(sizes, x.shape[1], _MOST_VALUES_CPU if x.is_cpu else _MOST_VALUES):
             own = left[torch.tensor(group, device=x.device)]
             features = [x[taps[i]] for i in own.tolist()]
             part = _Jumping(features, targets[own], weights[own], loss, penalty.take(own), weight[own], intercept[own])
@@ -105,12 +106,12 @@ def weights_at_once(rows: int) -> int:
     return min(_MOST_WEIGHTS, max(1, _MOST_VALUES // rows))
 
 
-def _groups(sizes: Sequence[int], rows: int) -> Iterator[list[int]]:
-    """Problems of about as many weights, the most first, as far as there is room for their features."""
+def _groups(sizes: Sequence[int], rows: int, room: int) -> Iterator[list[int]]:
+    """Problems of about as many weights, the most first, as far as there is room for so many values of features."""
     group: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         most = sizes[group[0]] if group else 0
-        if group and (most > 2 * max(sizes[i], _FEW) or (len(group) + 1) * most * rows > _MOST_VALUES):
+        if group and (most > 2 * max(sizes[i], _FEW) or (len(group) + 1) * most * rows > room):
             yield group
             group = []
         group.append(i)
@@ -183,11 +184,16 @@ class _Jumping:
         """``(P, m, m)`` of features ``(P, n, m)`` whose weights belong to these outputs ``(P, m)``."""
         if not self.loss.coupled:
             return (rows * self.loss.curvature(z, self.s).to(rows.dtype)).mT @ rows
-        p = torch.softmax(z, -1).to(rows.dtype)
+        p, s = torch.softmax(z, -1).to(rows.dtype), self.s.to(rows.dtype)
         likely = rows * p.gather(2, output[:, None].expand(-1, rows.shape[1], -1))
-        weighted = likely * self.s.to(rows.dtype)
-        between = output[:, :, None] != output[:, None]
-        return (weighted.mT @ rows).masked_fill_(between, 0.0).sub_(weighted.mT @ likely)
+        hessian = ((likely * s).mT @ likely).neg_()
+        of_output = F.one_hot(output, p.shape[2]).bool()
+        for k, most in enumerate(of_output.sum(1).amax(0).tolist()):  # of one output, more than that
+            mine, real = _first(of_output[..., k], most)
+            own = rows.gather(2, mine[:, None].expand(-1, rows.shape[1], -1)).masked_fill_(~real[:, None], 0.0)
+            more, spots = (own * (s * p[..., k : k + 1])).mT @ own, mine[..., None] * len(hessian[0]) + mine[:, None]
+            hessian.view(len(mine), -1).scatter_add_(1, spots.flatten(1), more.flatten(1))
+        return hessian
 
 
 def within_signs(hessian: Tensor, down: Tensor, present: Tensor, signs: Tensor, real: Tensor | None = None) -> Tensor:
