@@ -26,9 +26,10 @@ from .solver import balance
 
 _CHECK_EVERY = 25  # steps between two looks at the gaps
 _PLAIN_STEPS = 100  # after which what is not solved is ill-conditioned: jumps may pay, and a GPU looks half as often
-_JUMPING = 4.0  # times the seconds of steps, what jumps may take
-# Seconds of a step or jump and of what it reads or computes, on an H100; what counts is how they compare.
-_STEP, _BYTE, _JUMP, _OPERATION = 1e-4, 4e-13, 8e-3, 6e-14
+_FOR_JUMPS = 4.0  # times the seconds of steps, what jumps may take
+# Seconds on an H100 of a step and each byte that it reads; of a jump, each problem in it and its operations, which are
+# those of some jumps in a row. What counts is how they compare.
+_STEP, _BYTE, _JUMP, _JUMPING, _OPERATION = 1e-4, 4e-13, 1e-2, 1e-3, 2e-13
 _PATIENCE = 500  # steps without a better gap anywhere after which rounding is taken to be the limit
 _LANCZOS_ROUNDS = 12
 _LEAST_WORKING = 512
@@ -129,7 +130,7 @@ def solve_together(
         count = _CHECK_EVERY if x.is_cpu or steps < _PLAIN_STEPS else 2 * _CHECK_EVERY
         state = batch.advance(state, penalty, count)
         steps += count
-        credit += _JUMPING * count * batch.step_seconds(state)
+        credit += _FOR_JUMPS * count * batch.step_seconds(state)
 
 
 def solve_sparse(
@@ -305,16 +306,14 @@ class _Batch:
         return _STEP + 4 * (2 * self.x.numel() + 10 * scores) * _BYTE
 
     def jump_seconds(self, state: _State) -> Tensor:
-        """About what a jump of each problem takes ``(B, C)`` beside others, most of it for the Hessian of the weights
+        """About what a jump of each problem takes ``(B, C)`` beside others, most of it for the Hessians of the weights
         not zero.
         """
         rows, weights = self.x.shape[1], (state.weight != 0).sum(1).double()  # (B, C, K)
         together = weights.sum(-1, keepdim=True) if self.loss.coupled else weights
-        most = weights_at_once(rows)
-        operations = 2 * rows * together * together.clamp(max=most)
-        in_turn = (together / most).ceil().amax(-1) - 1
-        seconds: Tensor = _JUMP * in_turn.clamp_min(0) + _OPERATION * operations.sum(-1)
-        return seconds
+        operations = 2 * rows * together * together.clamp(max=weights_at_once(rows))
+        seconds: Tensor = _JUMPING + _OPERATION * operations
+        return seconds.sum(-1)
 
     def jump_worst(self, state: _State, penalty: Penalty, intercepts: Tensor, gaps: Tensor, seconds: float) -> float:
         """:meth:`jump` with the problems of the largest gaps ``(B, C)``, as many as this time serves; what it took."""

@@ -23,8 +23,8 @@ _ROUNDS = 15  # of leaving the weights at zero that came there
 _SHARES = (0.0, 0.1, 0.3, 0.6)  # of the weights that would change their sign, to stop at
 _MOST_HELD = 1 / 16  # of the weights, up to which a factor of them all serves for the rest
 _MOST_WEIGHTS = 4096  # of a problem that jump together: more of them do so in turn
-_MOST_VALUES = 2**28  # of the features' rows that Hessians are made of at once
-_MOST_VALUES_CPU = 2**17  # beside others, where filling up costs more than what is saved otherwise
+_MOST_VALUES = 2**28  # of their features' rows
+_BESIDE, _BESIDE_CPU = 2**26, 2**17  # such values of problems side by side; a CPU gains little and fills up for nothing
 _FEW = 128  # weights to which problems may be filled up, or to twice as many, to jump beside others
 
 
@@ -86,7 +86,7 @@ def jump(
     for _ in range(_IN_A_ROW):
         sizes = penalty.take(left).support(weight[left]).flatten(1).sum(1).tolist()
         going = []
-        for group in _groups(sizes, x.shape[1], _MOST_VALUES_CPU if x.is_cpu else _MOST_VALUES):
+        for group in _groups(sizes, x.shape[1], _BESIDE_CPU if x.is_cpu else _BESIDE):
             own = left[torch.tensor(group, device=x.device)]
             features = [x[taps[i]] for i in own.tolist()]
             part = _Jumping(features, targets[own], weights[own], loss, penalty.take(own), weight[own], intercept[own])
@@ -148,8 +148,10 @@ class _Jumping:
         (_, d, outputs), m = self.weight.shape, places.shape[1]
         feature = places % d
         output = torch.cat([places // d, torch.arange(outputs, device=places.device).expand(len(places), -1)], 1)
-        rows = torch.stack([x.index_select(1, own) for x, own in zip(self.x, feature, strict=True)])
-        rows = F.pad(rows, (0, outputs), value=1.0)  # (P, n, m + K): behind the weights come the intercepts
+        ones = self.x[0].new_ones(len(self.x[0]), outputs)  # behind the weights come the intercepts
+        parts = [torch.cat([x.index_select(1, own), ones], 1) for x, own in zip(self.x, feature, strict=True)]
+        rows = torch.stack(parts) if len(parts) > 1 else parts[0][None]  # (P, n, m + K)
+        del parts
         scores = torch.stack([x @ own for x, own in zip(self.x, self.weight, strict=True)])
         z = (scores + self.intercept[:, None]).double()
         every = self.weight.mT.flatten(1)
@@ -226,10 +228,12 @@ def within_signs(hessian: Tensor, down: Tensor, present: Tensor, signs: Tensor, 
         slope = down - (hessian @ (v - present)[..., None])[..., 0]
         toward = factor.solve(slope, held, most).masked_fill(done[:, None], 0.0)
         leaving = free & (signs * (v + toward) <= 0) & (signs != 0) & ~done[:, None]
-        reached = (-v / toward).masked_fill(~leaving, torch.nan)
-        stops = torch.cat([reached.nanquantile(shares, 1), torch.ones_like(v[None, :, 0])])[..., None]
-        trials = torch.where(reached <= stops, torch.zeros_like(v), v + stops * toward).transpose(0, 1)
-        moves = trials - present[:, None]  # (P, stops, m), NaN but for the last where none is leaving
+        reached = (-v / toward).masked_fill(~leaving, torch.inf)
+        last = (leaving.sum(1, keepdim=True) - 1).clamp_min(0)
+        stops = reached.sort(1).values.gather(1, (shares * last).long())  # infinite where none is leaving
+        stops = torch.cat([stops.clamp(max=1.0), torch.ones_like(stops[:, :1])], 1)[..., None]
+        trials = torch.where(reached[:, None] <= stops, 0.0, v[:, None] + stops * toward[:, None])
+        moves = trials - present[:, None]  # (P, stops, m)
         value = ((moves @ hessian) * moves).sum(2) / 2 - (moves * down[:, None]).sum(2)
         v = trials[problems, value.nan_to_num(torch.inf).argmin(1)]
         free = real & ((v != 0) | (signs == 0))
@@ -257,12 +261,15 @@ class _Factor:
     @classmethod
     def of(cls, matrices: Tensor, which: Tensor) -> _Factor:
         """Of the parts of ``(P, m, m)`` that are true in ``(P, m)``."""
-        places, own = _first(which, int(which.sum(1).max()))
-        within = matrices.gather(1, places[..., None].expand(-1, -1, matrices.shape[2]))
-        within = within.gather(2, places[:, None].expand(-1, places.shape[1], -1))
-        within = within.masked_fill_(~(own[..., None] & own[:, None]), 0.0)
-        within.diagonal(dim1=1, dim2=2).add_(~own)
-        factor, info = torch.linalg.cholesky_ex(within)
+        counts = which.sum(1)
+        least, most = torch.stack([counts.min(), counts.max()]).tolist()
+        places, own = _first(which, most)
+        if least < len(which[0]):
+            matrices = matrices.gather(1, places[..., None].expand(-1, -1, matrices.shape[2]))
+            matrices = matrices.gather(2, places[:, None].expand(-1, most, -1))
+            matrices = matrices.masked_fill_(~(own[..., None] & own[:, None]), 0.0)
+            matrices.diagonal(dim1=1, dim2=2).add_(~own)
+        factor, info = torch.linalg.cholesky_ex(matrices)
         return cls(places, own, factor, info > 0)
 
     def solve(self, slope: Tensor, held: Tensor, most: int) -> Tensor:

@@ -201,17 +201,17 @@ def test_jumps_take_no_more_time_than_they_are_given(kind, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "parts", "squares"),  # of four weights of a class and six of another, five at a time
-    [("logistic", 2, 4 * 4 + 6 * 5), ("multinomial", 2, 10 * 5)],
+    [("logistic", 2, 4 * 4 + 6 * 5), ("multinomial", 1, 10 * 5)],
 )
-def test_the_time_of_a_jump_beside_others_is_that_of_its_further_parts(kind, parts, squares, monkeypatch):
+def test_the_time_of_a_jump_beside_others_is_that_of_its_parts(kind, parts, squares, monkeypatch):
     monkeypatch.setattr("spin_hf.calibration.jump._MOST_WEIGHTS", 5)
-    monkeypatch.setattr(batched, "_JUMP", 1000.0)
+    monkeypatch.setattr(batched, "_JUMPING", 1000.0)
     monkeypatch.setattr(batched, "_OPERATION", 1.0)
     weight = torch.zeros(1, 40, 1, 2)
     weight[0, :4, 0, 0] = weight[0, :6, 0, 1] = -1.0
     batch = batched._Batch(torch.ones(1, 7, 40), torch.ones(7, 2), torch.ones(7, 1), LOSSES[kind])
     found = batch.jump_seconds(batched._State.begin(weight, torch.zeros(1, 1, 1, 2)))
-    assert found.tolist() == [[1000.0 * (parts - 1) + 2 * 7 * squares]]
+    assert found.tolist() == [[1000.0 * parts + 2 * 7 * squares]]
 
 
 @pytest.mark.parametrize(("wide", "most_read"), [(10, 2**25), (2048, 1000)])
