@@ -172,18 +172,20 @@ def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], pooling
     if encoded.windows is not None:
         digest.update(repr(encoded.windows).encode())
     weights = model.backbone.state_dict()
-
     digest.update(repr([(name, tuple(weight.shape)) for name, weight in weights.items()]).encode())
 
     def pieces() -> Iterator[Tensor]:
         for name, weight in weights.items():
             here = _offloaded(model.backbone, name) if weight.is_meta else weight.detach()
+            if not here.is_contiguous():
+                here = here.cpu()  # to be copied there
             yield from here.reshape(-1).split(_PIECE)
 
     def hashed(piece: Tensor) -> bytes:
         return hashlib.sha256(piece.cpu().view(torch.uint8).numpy().data).digest()
 
-    # hashlib lets other threads run meanwhile. Weights that lie elsewhere are fetched one module at a time.
+    # hashlib lets other threads run meanwhile. Weights that lie elsewhere are fetched one module at a time, which a
+    # pool's map would not do: it takes all pieces before the first is hashed.
     offloaded = any(weight.is_meta for weight in weights.values())
     with ThreadPoolExecutor(_THREADS) as pool:
         for own in (map if offloaded else pool.map)(hashed, pieces()):

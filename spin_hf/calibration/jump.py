@@ -24,8 +24,8 @@ _SHARES = (0.0, 0.1, 0.3, 0.6)  # of the weights that would change their sign, t
 _MOST_HELD = 1 / 16  # of the weights, up to which a factor of them all serves for the rest
 _MOST_WEIGHTS = 4096  # of a problem that jump together: more of them do so in turn
 _MOST_VALUES = 2**28  # of their features' rows
-_BESIDE, _BESIDE_CPU = 2**26, 2**17  # such values of problems side by side; a CPU gains little and fills up for nothing
-_FEW = 128  # weights to which problems may be filled up, or to twice as many, to jump beside others
+_BESIDE, _BESIDE_CPU = 2**26, 2**17  # values held for problems side by side; a CPU gains little by it
+_FEW = 128  # a problem of fewer weights is filled up to twice as many as this, others to twice their own
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def jump(
     for _ in range(_IN_A_ROW):
         sizes = penalty.take(left).support(weight[left]).flatten(1).sum(1).tolist()
         going = []
-        for group in _groups(sizes, x.shape[1], _BESIDE_CPU if x.is_cpu else _BESIDE):
+        for group in _groups(sizes, x.shape[1], weight.shape[2], _BESIDE_CPU if x.is_cpu else _BESIDE):
             own = left[torch.tensor(group, device=x.device)]
             features = [x[taps[i]] for i in own.tolist()]
             part = _Jumping(features, targets[own], weights[own], loss, penalty.take(own), weight[own], intercept[own])
@@ -106,12 +106,15 @@ def weights_at_once(rows: int) -> int:
     return min(_MOST_WEIGHTS, max(1, _MOST_VALUES // rows))
 
 
-def _groups(sizes: Sequence[int], rows: int, room: int) -> Iterator[list[int]]:
-    """Problems of about as many weights, the most first, as far as there is room for so many values of features."""
+def _groups(sizes: Sequence[int], rows: int, outputs: int, room: int) -> Iterator[list[int]]:
+    """Problems of about as many weights, the most first, as far as there is room for so many values: of the features,
+    of the scores at all lengths, some of them at once and in float64, and of the Hessian.
+    """
     group: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         most = sizes[group[0]] if group else 0
-        if group and (most > 2 * max(sizes[i], _FEW) or (len(group) + 1) * most * rows > room):
+        each = max(rows * (most + 12 * len(_LENGTHS) * outputs), most * most)
+        if group and (most > 2 * max(sizes[i], _FEW) or (len(group) + 1) * each > room):
             yield group
             group = []
         group.append(i)
@@ -138,7 +141,7 @@ class _Jumping:
         support = self.penalty.support(self.weight).mT.flatten(1)  # (P, K * d)
         places, real = _first(support, most)
         at_once = weights_at_once(len(self.x[0]))
-        done = torch.ones_like(real[:, 0]) if most else torch.ones_like(support[:, 0])
+        done = torch.ones_like(support[:, 0])
         for part, is_real in zip(places.split(at_once, 1), real.split(at_once, 1), strict=True):
             done &= self._step(part, is_real)
         return done
@@ -161,7 +164,7 @@ class _Jumping:
         residual = self.loss.residual(z, self.y, self.s).to(rows.dtype)
         pull = (rows.mT @ residual).gather(2, output[..., None])[..., 0]
         real = F.pad(real, (0, outputs), value=True)
-        hessian = self._hessian(rows, output, z)
+        hessian = self._hessian(rows, output, real, z)
         # More than the rounding of float32, so that it can be factorised; little beside any curvature that matters.
         diagonal = hessian.diagonal(dim1=1, dim2=2)
         diagonal.add_(1e-6 * diagonal.masked_fill(~real, 0.0).amax(1, keepdim=True) + ridge)
@@ -174,7 +177,7 @@ class _Jumping:
         ends = torch.where(lengths == 1.0, (present + move)[:, None], present[:, None] + lengths * move[:, None])
         by_output = rows.new_zeros(*move.shape, outputs).scatter(2, output[..., None], move[..., None])
         trials = z[:, None] + lengths[..., None] * (rows @ by_output)[:, None]  # (P, lengths, n, K)
-        fit = self.loss.value(trials.double(), self.y[:, None], self.s[:, None]).sum(-1)
+        fit = self.loss.value(trials, self.y[:, None], self.s[:, None]).sum(-1)
         cost = (threshold[:, None] * ends.abs() + ridge[:, None] / 2 * ends.square()).sum(-1, dtype=torch.float64)
         best = (fit + cost).nan_to_num(torch.inf).argmin(1)
         end = ends[torch.arange(len(ends), device=best.device), best]
@@ -182,17 +185,19 @@ class _Jumping:
         self.intercept = self.intercept + end[:, m:]
         return failed | (best <= 1)
 
-    def _hessian(self, rows: Tensor, output: Tensor, z: Tensor) -> Tensor:
-        """``(P, m, m)`` of features ``(P, n, m)`` whose weights belong to these outputs ``(P, m)``."""
+    def _hessian(self, rows: Tensor, output: Tensor, real: Tensor, z: Tensor) -> Tensor:
+        """``(P, m, m)`` of features ``(P, n, m)`` whose weights belong to these outputs ``(P, m)``, as far as they are
+        real.
+        """
         if not self.loss.coupled:
             return (rows * self.loss.curvature(z, self.s).to(rows.dtype)).mT @ rows
         p, s = torch.softmax(z, -1).to(rows.dtype), self.s.to(rows.dtype)
         likely = rows * p.gather(2, output[:, None].expand(-1, rows.shape[1], -1))
         hessian = ((likely * s).mT @ likely).neg_()
-        of_output = F.one_hot(output, p.shape[2]).bool()
+        of_output = F.one_hot(output, p.shape[2]).bool() & real[..., None]
         for k, most in enumerate(of_output.sum(1).amax(0).tolist()):  # of one output, more than that
-            mine, real = _first(of_output[..., k], most)
-            own = rows.gather(2, mine[:, None].expand(-1, rows.shape[1], -1)).masked_fill_(~real[:, None], 0.0)
+            mine, known = _first(of_output[..., k], most)
+            own = rows.gather(2, mine[:, None].expand(-1, rows.shape[1], -1)).masked_fill_(~known[:, None], 0.0)
             more, spots = (own * (s * p[..., k : k + 1])).mT @ own, mine[..., None] * len(hessian[0]) + mine[:, None]
             hessian.view(len(mine), -1).scatter_add_(1, spots.flatten(1), more.flatten(1))
         return hessian

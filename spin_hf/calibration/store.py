@@ -28,6 +28,7 @@ ABOUT = "store.json"
 _PAGE = 1024  # float32 values in a page of memory: batches share no page, so that processes never write the same one
 _MUCH = 2**26  # bytes from which several threads read: one takes in 2 GB/s of what is in memory already
 _AT_ONCE = 2**23  # bytes that a thread reads and sends in one go: small ones keep threads waiting for each other
+# Threads that read or write.
 _THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 _RECORD = re.compile(r"(\d+)(?:/(\d+))? ([0-9a-f]{8})")  # batch, its parts if several, checksum
 
@@ -117,7 +118,7 @@ class FeatureStore:
             OutputFolderError: where the disk is full or fails. What was recorded stays.
         """
         if self._writing is None:
-            self._writing = ThreadPoolExecutor(_THREADS)  # one alone may take longer than a GPU for the next batch
+            self._writing = ThreadPoolExecutor(_THREADS)  # one may write longer than a GPU reads the next batch
         puts = [self._writing.submit(self._put, number, tap, pooled[tap]) for tap in self.widths]
         wait(puts)
         try:
@@ -133,10 +134,10 @@ class FeatureStore:
 
     def _put(self, number: int, tap: Tap, pooled: np.ndarray) -> int:
         """Write a tap's values of a batch; their :func:`_sum`."""
-        if not np.isfinite(pooled).all():
+        values = np.ascontiguousarray(pooled, dtype=np.float32).reshape(-1)
+        if not np.isfinite(values).all():
             raise NonFiniteFeaturesError.of(tap, f"batch {number}")
         first, end = self._starts[tap][number : number + 2].tolist()
-        values = np.ascontiguousarray(pooled, dtype=np.float32).reshape(-1)
         rest = np.zeros(end - first - len(values), dtype=np.float32)
         if tap not in self._files:
             self._files[tap] = self._path(tap).open("r+b", buffering=0)
@@ -309,8 +310,8 @@ def _sum(values: np.ndarray) -> int:
     """Of float32 by pairs, as whole numbers; zeros behind them change nothing. It sees any lost page or changed bit,
     and is ten times faster than a CRC.
     """
-    pairs = values[: len(values) // 2 * 2].view(np.uint64).sum()
-    odd = values[len(values) // 2 * 2 :].view(np.uint32).sum(dtype=np.uint64)
+    pairs = values[: len(values) // 2 * 2].view("<u8").sum()
+    odd = values[len(values) // 2 * 2 :].view("<u4").sum(dtype=np.uint64)
     return int(np.add(pairs, odd, dtype=np.uint64))
 
 

@@ -186,10 +186,11 @@ def _train(
         )
     )
     epochs = max(_EPOCHS, -(-_LEAST_STEPS // len(steps)))
-    replays = can_replay(y) and not states.in_files
-    rate: Any = torch.tensor(_RATE, device=device) if replays else _RATE
-    fused = device.type == "cuda" or None
-    optimiser = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, 0.98), fused=fused, capturable=replays)
+    on_gpu = can_replay(y)
+    rate = torch.tensor(_RATE, device=device) if on_gpu else _RATE  # a recording reads it anew
+    optimiser = torch.optim.Adam(
+        model.parameters(), lr=rate, betas=(0.9, 0.98), fused=device.type == "cuda" or None, capturable=on_gpu
+    )
     draw = torch.Generator().manual_seed(seed)
     total = s[learned].mean(1).sum()
     best, kept = float("inf"), model.queries()
@@ -205,13 +206,13 @@ def _train(
         objective.backward()
         optimiser.step()
 
-    taken = _Replayed(take, device) if replays else take
+    taken = _Replayed(take, device) if on_gpu and not states.in_files else take
     done = 0
     for epoch in range(1, epochs + 1):
         for count, number in enumerate(torch.randperm(len(steps), generator=draw).tolist(), (epoch - 1) * len(steps)):
             slower = _RATE * (1 - (1 - _LAST_RATE) * count / (epochs * len(steps)))
-            for group in optimiser.param_groups:
-                group["lr"] = rate.fill_(slower) if replays else slower
+            (group,) = optimiser.param_groups
+            group["lr"] = rate.fill_(slower) if isinstance(rate, Tensor) else slower
             taken(number)
         with torch.no_grad():
             value = float(torch.stack([loss(*look) for look in looks]).sum())

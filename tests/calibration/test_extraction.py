@@ -174,6 +174,31 @@ def test_a_tokenizer_of_another_model(model, tokenizer):
         check_tokenizer(tokenizer, model)
 
 
+@pytest.mark.parametrize("place", [0, 6, 7, -8, -1])
+def test_every_piece_of_a_weight_counts(place, model, encoded, monkeypatch):
+    monkeypatch.setattr(extraction, "_PIECE", 7)
+    weight = model.spin.backbone.get_submodule("encoder.layer.1.output.dense").weight
+    before = fingerprint(model.spin, encoded, model.spin.taps, ["mean"], 100)
+    with torch.no_grad():
+        weight.view(-1)[place] += 1.0
+    assert fingerprint(model.spin, encoded, model.spin.taps, ["mean"], 100) != before
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_batches_of_any_size_are_found_whole_unless_their_last_bit_changed(rows, tmp_path):
+    tap, made = Tap("ffn", 1), np.random.default_rng(0).normal(size=(1, rows, 5)).astype(np.float32)
+    store = FeatureStore(tmp_path, widths={tap: 5}, poolings=["mean"], batches=[range(rows)])
+    store.create({})
+    store.write(0, {tap: made})
+    store.close()
+    assert np.array_equal(store.read(tap, "mean").numpy(), made[0])
+    assert store.whole([0], recorded(tmp_path, 1)) == [0]
+    with (tmp_path / f"{tap}.f32").open("r+b") as file:
+        file.seek(made.nbytes - 4)
+        file.write(np.nextafter(made[0, -1, -1], np.float32(9)).tobytes())
+    assert store.whole([0], recorded(tmp_path, 1)) == []
+
+
 def test_fingerprint_tells_what_the_features_depend_on(model, make_backbone, tokenizer, sentiment_rows, encoded):
     def taken(spin=model.spin, encoded=encoded, taps=model.spin.taps, poolings=("mean", "max"), budget=BUDGET):
         return fingerprint(spin, encoded, taps, poolings, budget)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from spin_hf.calibration import jump as jumps
 from spin_hf.calibration.jump import Elastic, jump, within_signs
 from spin_hf.calibration.losses import Logistic, Multinomial, Squared
+from spin_hf.calibration.penalties import L1, L2
 
 LOSSES = {"logistic": Logistic(), "multinomial": Multinomial(), "squared": Squared()}
 SIZES = [0, 3, 30, 12, 1]  # weights of a class that are not zero, of each problem
@@ -59,7 +60,7 @@ def test_problems_jump_beside_others_as_alone(kind, outputs, ridge, room, monkey
             float(after[i]), rel=1e-3
         )
         absent = start[i].eq(0).all(1)
-        assert ridge or not together[0][i][absent].any() or loss.coupled
+        assert ridge or not together[0][i][absent].any()
 
 
 @given(st.integers(0, 10**6), st.integers(1, 12), st.floats(0.0, 1.0))
@@ -97,3 +98,41 @@ def test_a_matrix_that_is_not_positive_definite_leaves_its_problem_where_it_is()
     present = torch.ones(2, 3, dtype=torch.float64)
     found = within_signs(torch.stack([good, bad]), present, present, present)
     assert found.tolist() == [[2.0] * 3, [1.0] * 3]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_outputs_may_have_row_weights_of_their_own(seed):
+    x, taps, y, _, loss, penalty, weight, intercept = problems("logistic", 2, False, seed)
+    s = torch.rand(80, 2, generator=torch.Generator().manual_seed(seed)).double() + 0.1
+    found = jump(x, taps, y, s, loss, penalty, weight, intercept)
+    for k in range(2):
+        own = slice(k, k + 1)
+        alone = jump(x, taps, y[:, own], s[:, own], loss, penalty, weight[..., own], intercept[:, own])
+        torch.testing.assert_close(found[0][..., own], alone[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[1][:, own], alone[1], rtol=1e-3, atol=1e-4)
+
+
+def test_penalties_of_some_problems_are_those_of_their_places():
+    thresholds, places = torch.rand(3, 5, 4, 1), (torch.tensor([2, 0, 2]), torch.tensor([1, 3, 0]))
+    for some in (thresholds, thresholds[:1], thresholds[:, :, :1]):
+        found = L1(some).of(*places).threshold
+        expected = some.expand_as(thresholds)
+        for one, row, column in zip(found, *places, strict=True):
+            assert torch.equal(one, expected[row, :, column])
+    members, ridge = (torch.rand(1, 5, 4, 1) < 0.5).float(), torch.rand(1, 1, 4, 1)
+    found = L2(ridge, members).of(*places)
+    for members_of, ridge_of, column in zip(found.members, found.ridge, places[1], strict=True):
+        assert torch.equal(members_of, members[0, :, column])
+        assert float(ridge_of) == float(ridge[0, 0, column])
+
+
+def test_there_is_room_for_all_that_jumps_side_by_side():
+    def held(group, sizes, rows, outputs):
+        most = max(sizes[i] for i in group)
+        return len(group) * max(rows * (most + 72 * outputs), most * most)
+
+    for sizes, rows, outputs in (([0] * 50, 10_000, 1), ([300] * 50, 20, 1), ([5, 900, 30, 31, 0] * 9, 400, 6)):
+        groups = list(jumps._groups(sizes, rows, outputs, 2**22))
+        assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
+        assert all(len(group) == 1 or held(group, sizes, rows, outputs) <= 2**22 for group in groups)
+        assert any(len(group) > 1 for group in groups)

@@ -482,3 +482,48 @@ def test_gradients_of_taps_together_are_those_of_each_alone():
         sum(part.square().sum() for part in found).backward()
         grads.append([own.grad for own in values])
     torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_a_step_is_recorded_once_it_was_taken_and_never_again_where_there_is_no_room(monkeypatch):
+    taken, recorded = [], []
+
+    def recording(work, device, pool):
+        recorded.append(pool)
+        if len(recorded) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return work
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(token_weights, "Recording", recording)
+    replayed, told = token_weights._Replayed(taken.append, torch.device("cuda")), []
+    for number in [0, 1, 2, 3, 3, 0, 0, 1, 2, 1, 0, 3]:
+        replayed(number)
+        told.append(number)
+        assert taken == told
+    assert recorded == ["pool"] * 3
+
+
+def test_what_fails_while_a_step_is_recorded_is_told(monkeypatch):
+    def failing(*given):
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(token_weights, "Recording", failing)
+    replayed = token_weights._Replayed(lambda number: None, torch.device("cuda"))
+    replayed(0)
+    with pytest.raises(RuntimeError, match="is lost"):
+        replayed(0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_steps_that_a_gpu_replays_learn_what_those_told_one_by_one_do(monkeypatch):
+    train, recording, learned, recorded = token_weights._train, token_weights.Recording, [], []
+    monkeypatch.setattr(token_weights, "_train", lambda *given: learned.append(train(*given)) or learned[-1])
+    monkeypatch.setattr(token_weights, "Recording", lambda *given: recorded.append(given) or recording(*given))
+    for one_by_one in (False, True):
+        if one_by_one:
+            monkeypatch.setattr(token_weights, "_Replayed", lambda take, device: take)
+        calibrate(one_word_counts(200), one_word_counts(60, 1), backbone=make_backbone("bert").cuda())
+    assert len(recorded) > 1
+    for tap, query in learned[0].items():
+        torch.testing.assert_close(query, learned[1][tap], rtol=1e-2, atol=1e-2)
