@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from .layout import PositionsError, Tap
+from .precision import full_precision
+from .token_scores import token_scores
 
 ATTENTION = "attention"
 UNREAL = torch.finfo(torch.float32).min  # the score of a token that is not pooled
@@ -53,10 +55,11 @@ class TokenWeights:
     """
 
     def __init__(self, queries: Mapping[Tap, Tensor], mask: Tensor) -> None:
-        self._by_source: dict[Tap, list[Tap]] = {}
+        self._served: dict[Tap, list[Tap]] = {}
         for tap in queries:
-            self._by_source.setdefault(source(tap), []).append(tap)
-        self._queries, self._real = queries, mask.bool()
+            self._served.setdefault(source(tap), []).append(tap)
+        self._queries = _stacked(queries, self._served)
+        self._real = mask.bool()
         self._scores: dict[Tap, Tensor] = {}  # of the tokens, (rows, tokens) float32
 
     def see(self, tap: Tap, values: Tensor) -> None:
@@ -65,17 +68,13 @@ class TokenWeights:
         Raises:
             PositionsError: where there is not one position for each token.
         """
-        served = self._by_source.get(tap)
+        served = self._served.get(tap)
         if not served:
             return
         self.check(tap, values)
-        with torch.autocast(values.device.type, enabled=False):
-            queries = [self._queries[each].to(values.device) for each in served]
-            self._scores.update(zip(served, self.score(values, torch.stack(queries)), strict=True))
-
-    def score(self, values: Tensor, queries: Tensor) -> Tensor:
-        """Scores ``(queries, rows, tokens)`` of activations by queries ``(queries, width)``."""
-        return (values.float() @ queries.T).movedim(2, 0)
+        with full_precision(values.device):
+            found = token_scores(values, self._queries[tap].to(values.device), self._real)
+        self._scores.update(zip(served, found.unbind(0), strict=True))
 
     def of(self, taps: Sequence[Tap], device: torch.device) -> tuple[Tensor, Tensor]:
         """Weights of the tokens of some taps ``(taps, rows, tokens)``, of sum 1, and the logarithm of their normaliser
@@ -100,7 +99,7 @@ class TokenWeights:
             # The gradient of a part of what is found together is as large as all of it.
             return [self.pool([tap], [part])[0] for tap, part in zip(taps, values, strict=True)]
         device, sizes = values[0].device, [part.shape[2] for part in values]
-        with torch.autocast(device.type, enabled=False):
+        with full_precision(device):
             weights, mass = self.of(taps, device)
             unread = (weights == 0).all(0)  # padding, and what no tap gives weight to
             filled = torch.cat([*values], 2).masked_fill(unread[..., None], 0.0).float()
@@ -114,6 +113,17 @@ class TokenWeights:
         """Raise :class:`PositionsError` where there is not one position for each token."""
         if values.shape[1] != self._real.shape[1]:
             raise cannot_weigh(tap, values.shape[1], self._real.shape[1])
+
+
+def _stacked(queries: Mapping[Tap, Tensor], served: Mapping[Tap, Sequence[Tap]]) -> dict[Tap, Tensor]:
+    """For each source the queries of the taps that it serves, ``(taps, width)``."""
+    if not served:
+        return {}
+    every = torch.cat([queries[tap] for taps in served.values() for tap in taps])
+    sizes = [sum(len(queries[tap]) for tap in taps) for taps in served.values()]
+    return {
+        own: part.view(len(served[own]), -1) for own, part in zip(served, every.split_with_sizes(sizes), strict=True)
+    }
 
 
 def join(values: Tensor, mask: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from .layout import Tap as Tap
 from .outputs import SpinSequenceClassifierOutput, wants_dict
 from .parts import Stacks, check_rebuilds, text_part, whole_config
 from .pooling import pool as pool
+from .precision import full_precision
 from .pretrained import NotCalibratedError as NotCalibratedError
 from .pretrained import SpinPreTrainedModel
 from .quantization import is_quantized as is_quantized
@@ -262,7 +263,7 @@ class SpinForSequenceClassification(SpinPreTrainedModel):
                 f"features should be (batch, {self.config.num_features}), not {tuple(features.shape)}. Read them with "
                 "this model: spin_hf.training.store_features(model, tokenizer, data)."
             )
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             if exit is None:
                 logits = self.score(features if self.gates is None else self.gates(features))
                 logits = logits / self.config.logit_temperature

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .attention import ATTENTION, TokenWeights
 from .layout import PositionsError, Tap
+from .precision import full_precision
 
 Pooling = Literal["first", "last", "mean", "max"]  # those without learned weights, for which see attention.py
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -96,7 +97,7 @@ class PoolingTogether:
         if not self._waiting:
             return
         tokens = None
-        with torch.autocast(self._mask.device.type, enabled=False):
+        with full_precision(self._mask.device):
             for pooling, waiting in self._waiting.items():
                 parts = [part for _, _, part in waiting]
                 split: Sequence[Tensor]

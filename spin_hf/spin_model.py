@@ -24,6 +24,7 @@ from .layout import Layout, PositionsError, Tap
 from .outputs import SpinModelOutput, wants_dict
 from .parts import whole_config
 from .pooling import align_left
+from .precision import full_precision
 from .pretrained import NotCalibratedError, SpinPreTrainedModel
 from .readers import Gathering, Reader, TapByTap
 from .structure import find_layout
@@ -226,7 +227,7 @@ class SpinModel(SpinPreTrainedModel):
         start = partial(Gathering, selections, torch.is_grad_enabled() and self._needs_gradient(inputs[-1]))
         pooled = self.read_taps(poolings, start, mask, *inputs, windows=windows, **kwargs)
         features = []
-        with torch.autocast(self.standardizer.mean.device.type, enabled=False):
+        with full_precision(self.standardizer.mean.device):
             for selection in selections:
                 own = []
                 for kept in selection.kept:  # each tap's values stand in the order of the selections

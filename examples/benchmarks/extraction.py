@@ -23,7 +23,7 @@ import results
 import torch
 from shapes import SHAPES, make
 
-from spin_hf import SpinForSequenceClassification
+from spin_hf import SpinForSequenceClassification, token_scores
 from spin_hf.attention import ATTENTION, source
 from spin_hf.calibration import one_pass
 from spin_hf.calibration.extraction import Encoded, PooledWhole, extract
@@ -56,7 +56,10 @@ def measure(shape: str, poolings: list[str], arguments: argparse.Namespace) -> d
         found[one_go] = spin.read_taps(by_tap, start, mask, ids, None, windows=None)
 
     def plain() -> None:
-        with mock.patch.object(one_pass, "_usable", _never):
+        with (
+            mock.patch.object(one_pass, "has_triton", _never),
+            mock.patch.object(token_scores, "has_triton", _never),
+        ):
             one_go()
         found[plain] = found.pop(one_go)
 
@@ -93,7 +96,7 @@ def measure(shape: str, poolings: list[str], arguments: argparse.Namespace) -> d
     }
 
 
-def _never(values: torch.Tensor) -> bool:
+def _never() -> bool:
     """A mock would remember all that it was asked of."""
     return False
 

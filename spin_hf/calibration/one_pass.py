@@ -4,8 +4,6 @@ mean and max together; on a CPU without a copy whose padding is filled.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 from ..attention import UNREAL, TokenWeights
 from ..pooling import pool
 from ..taps import Tap
+from ..token_scores import has_triton
 
 
 def pool_prefix(values: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:
@@ -71,17 +70,8 @@ def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
 class TokenWeightsInOnePass(TokenWeights):
     """:class:`spin_hf.attention.TokenWeights` of all neurons of the taps.
 
-    By kernels each tap is read once for all its queries, and once more for its averages, which weigh the tokens by
-    their scores as they go.
+    By kernels each tap is read once for its averages, which weigh the tokens by their scores as they go.
     """
-
-    def score(self, values: Tensor, queries: Tensor) -> Tensor:
-        real = self._real.to(values.device)
-        if values.is_cpu or not _usable(values):
-            return super().score(values, queries).masked_fill(~real, UNREAL)
-        from .triton_pooling import scores
-
-        return scores(values, queries, real)
 
     def pool(self, taps: Sequence[Tap], values: Sequence[Tensor]) -> Sequence[Tensor]:
         return [self._pool(tap, own) for tap, own in zip(taps, values, strict=True)]
@@ -96,14 +86,9 @@ class TokenWeightsInOnePass(TokenWeights):
         from .triton_pooling import softmax_average
 
         values = values if _usable(values) else values.contiguous()
-        return softmax_average(values, self._scores[tap].to(values.device))
+        scores = self._scores[tap].to(values.device)
+        return softmax_average(values, scores.masked_fill(~self._real.to(values.device), UNREAL))
 
 
 def _usable(values: Tensor) -> bool:
     return values.is_cpu or (values.is_cuda and values.stride(-1) == 1 and has_triton())
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None

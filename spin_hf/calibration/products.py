@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .one_pass import has_triton
+from ..token_scores import has_triton
 
 _FEW = range(2, 9)  # vectors with which both products of a step are quicker by kernels (benchmarks/products.py)
 _LEAST_CAPABILITY = (7, 0)  # that Triton compiles for

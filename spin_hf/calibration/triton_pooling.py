@@ -11,13 +11,8 @@ from torch import Tensor
 
 from ..attention import UNREAL
 
-_TOKENS, _NEURONS, _WARPS = (
-    64,
-    128,
-    2,
-)  # read at once by a program: 2.4 TB/s on an H100, five times that of 16 and 4 warps
-
-_SCORED, _SCORED_FROM = 16, 256  # tokens that a program scores, and neurons at once: 1.7 TB/s, of 32 and 128 1.1
+# Read at once by a program: 2.4 TB/s on an H100, five times that of 16 and 4 warps
+_TOKENS, _NEURONS, _WARPS = 64, 128, 2
 
 
 def mean_and_max(values: Tensor, lengths: Tensor) -> Tensor:
@@ -43,30 +38,6 @@ def mean_and_max(values: Tensor, lengths: Tensor) -> Tensor:
     return found
 
 
-def scores(values: Tensor, queries: Tensor, real: Tensor) -> Tensor:
-    """``values @ query`` for each query, in float32: ``(queries, batch, tokens)``, on CUDA.
-
-    Args:
-        values: ``(batch, tokens, width)``.
-        queries: ``(queries, width)`` float32, one after another in memory.
-        real: ``(batch, tokens)``; other tokens are not read, and have :data:`UNREAL`.
-    """
-    (batch, tokens, width), count = values.shape, len(queries)
-    found = values.new_empty((count, batch, tokens), dtype=torch.float32)
-    with torch.cuda.device(values.device):
-        _scores[(batch, triton.cdiv(tokens, _SCORED))](
-            *(values, queries, real.contiguous().view(torch.uint8), found),
-            *(batch, tokens, width, values.stride(0), values.stride(1)),
-            UNREAL=UNREAL,
-            COUNT=count,
-            QUERIES=triton.next_power_of_2(count),
-            TOKENS=_SCORED,
-            NEURONS=_SCORED_FROM,
-            num_warps=_WARPS,
-        )
-    return found
-
-
 def softmax_average(values: Tensor, scores: Tensor) -> Tensor:
     """Averages over the tokens of ``(batch, tokens, neurons)`` by a softmax of their scores, and in a last column the
     logarithm of its normaliser: ``(batch, neurons + 1)`` in float32, on CUDA.
@@ -86,42 +57,6 @@ def softmax_average(values: Tensor, scores: Tensor) -> Tensor:
             num_warps=_WARPS,
         )
     return found
-
-
-@triton.jit
-def _scores(
-    values,
-    queries,
-    real,
-    found,
-    batch,
-    tokens,
-    width,
-    row_stride,
-    token_stride,
-    UNREAL: tl.constexpr,
-    COUNT: tl.constexpr,
-    QUERIES: tl.constexpr,
-    TOKENS: tl.constexpr,
-    NEURONS: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    query = tl.arange(0, QUERIES)
-    there = token < tokens
-    pooled = tl.load(real + row * tokens + token, mask=there, other=0) != 0
-    total = tl.zeros([QUERIES, TOKENS], dtype=tl.float32)
-    for first in range(0, width, NEURONS):
-        column = first + tl.arange(0, NEURONS)
-        inside = column < width
-        place = values + row * row_stride + token.to(tl.int64)[:, None] * token_stride + column[None, :]
-        read = tl.load(place, mask=pooled[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        along = queries + query[:, None] * width + column[None, :]
-        weight = tl.load(along, mask=(query < COUNT)[:, None] & inside[None, :], other=0.0)
-        total += tl.sum(read[None, :, :] * weight[:, None, :], 2)
-    total = tl.where(pooled[None, :], total, UNREAL)
-    place = found + (query.to(tl.int64)[:, None] * batch + row) * tokens + token[None, :]
-    tl.store(place, total, mask=(query < COUNT)[:, None] & there[None, :])
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from ..features import Selection
 from ..modeling_spin import SpinForSequenceClassification
 from ..parts import shifted_right
 from ..pooling import pool
+from ..precision import full_precision
 from ..spin_model import SpinModel
 from ..taps import Tap
 from ..windows import WindowPlan, Windows, plan_windows
@@ -184,7 +185,7 @@ class _Spread:
         if self.watch is not None:
             self.watch(tap, values, mask, self._places(self._in_decoder(tap))[rows])
         found = []
-        with torch.autocast(values.device.type, enabled=False):
+        with full_precision(values.device):
             for index, (pooling, neurons, own) in enumerate(self.parts_of[tap]):
                 kept = values.index_select(-1, neurons.to(values.device))
                 if pooling == ATTENTION:
