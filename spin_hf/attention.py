@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .layout import PositionsError, Tap
-from .precision import full_precision
+from .modes import full_precision
 from .token_scores import token_scores
 
 ATTENTION = "attention"
@@ -46,19 +46,34 @@ def cannot_weigh(tap: Tap, positions: int, tokens: int) -> PositionsError:
     )
 
 
+class Queries:
+    """The queries of taps that are pooled by token weights, those of one source together.
+
+    Args:
+        queries: of each tap ``(width of its source,)`` float32.
+    """
+
+    def __init__(self, queries: Mapping[Tap, Tensor]) -> None:
+        self.taps: dict[Tap, list[Tap]] = {}  # that a source serves
+        for tap in queries:
+            self.taps.setdefault(source(tap), []).append(tap)
+        self.of: dict[Tap, Tensor] = {}  # a source's, (taps, its width)
+        if queries:
+            every = torch.cat([queries[tap] for taps in self.taps.values() for tap in taps])
+            parts = every.split_with_sizes([sum(len(queries[tap]) for tap in taps) for taps in self.taps.values()])
+            self.of = {own: part.view(len(self.taps[own]), -1) for own, part in zip(self.taps, parts, strict=True)}
+
+
 class TokenWeights:
     """The token weights of one forward, worked out as its taps come by.
 
     Args:
-        queries: of each tap that is pooled by them, ``(width of its source,)`` float32.
+        queries: of the taps that are pooled by them.
         mask: of the tokens to pool, ``(rows, tokens)``.
     """
 
-    def __init__(self, queries: Mapping[Tap, Tensor], mask: Tensor) -> None:
-        self._served: dict[Tap, list[Tap]] = {}
-        for tap in queries:
-            self._served.setdefault(source(tap), []).append(tap)
-        self._queries = _stacked(queries, self._served)
+    def __init__(self, queries: Queries, mask: Tensor) -> None:
+        self._queries = queries
         self._real = mask.bool()
         self._scores: dict[Tap, Tensor] = {}  # of the tokens, (rows, tokens) float32
 
@@ -68,12 +83,12 @@ class TokenWeights:
         Raises:
             PositionsError: where there is not one position for each token.
         """
-        served = self._served.get(tap)
+        served = self._queries.taps.get(tap)
         if not served:
             return
         self.check(tap, values)
         with full_precision(values.device):
-            found = token_scores(values, self._queries[tap].to(values.device), self._real)
+            found = token_scores(values, self._queries.of[tap].to(values.device), self._real)
         self._scores.update(zip(served, found.unbind(0), strict=True))
 
     def of(self, taps: Sequence[Tap], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -113,17 +128,6 @@ class TokenWeights:
         """Raise :class:`PositionsError` where there is not one position for each token."""
         if values.shape[1] != self._real.shape[1]:
             raise cannot_weigh(tap, values.shape[1], self._real.shape[1])
-
-
-def _stacked(queries: Mapping[Tap, Tensor], served: Mapping[Tap, Sequence[Tap]]) -> dict[Tap, Tensor]:
-    """For each source the queries of the taps that it serves, ``(taps, width)``."""
-    if not served:
-        return {}
-    every = torch.cat([queries[tap] for taps in served.values() for tap in taps])
-    sizes = [sum(len(queries[tap]) for tap in taps) for taps in served.values()]
-    return {
-        own: part.view(len(served[own]), -1) for own, part in zip(served, every.split_with_sizes(sizes), strict=True)
-    }
 
 
 def join(values: Tensor, mask: Tensor) -> Tensor:

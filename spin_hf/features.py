@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import ATTENTION
+from .attention import ATTENTION, Queries
 from .layout import Tap
 
 
@@ -33,12 +33,12 @@ class Kept(NamedTuple):
     query: Tensor | None = None  # of its token weights, where one of them is "attention"
 
 
-class Selection(NamedTuple):
+class Selection:
     """What one forward is to read, and the shift and scale of each feature."""
 
-    kept: list[Kept]
-    mean: Tensor
-    scale: Tensor
+    def __init__(self, kept: list[Kept], mean: Tensor, scale: Tensor) -> None:
+        self.kept, self.mean, self.scale = kept, mean, scale
+        self.queries = Queries({each.tap: each.query for each in kept if each.query is not None})
 
     def groups(self) -> list[FeatureGroup]:
         """The neurons, group by group, in the order of the features."""
@@ -47,10 +47,6 @@ class Selection(NamedTuple):
             for tap, neurons, poolings, query in self.kept
             for (pooling, _), own in zip(poolings, neurons.split([count for _, count in poolings]), strict=True)
         ]
-
-    def queries(self) -> dict[Tap, Tensor]:
-        """Of the taps that are pooled by token weights."""
-        return {each.tap: each.query for each in self.kept if each.query is not None}
 
     def standardise(self, pooled: Sequence[Tensor]) -> Tensor:
         """Features ``(batch, num_features)`` from the pooled neurons ``(batch, neurons)`` of each tap and pooling."""
@@ -69,6 +65,7 @@ class Standardizer(nn.Module):
         """``widths``: of the queries of the taps with token weights, in the order of the features."""
         super().__init__()
         self.widths = list(widths)
+        self._selected: tuple[tuple[Any, ...], Selection] | None = None  # the last, and what it was made of
         self.register_buffer("neurons", torch.zeros(num_features, dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(num_features, dtype=torch.float32))
         self.register_buffer("scale", torch.ones(num_features, dtype=torch.float32))
@@ -88,6 +85,24 @@ class Standardizer(nn.Module):
 
     def select(self, parts: TapParts) -> Selection:
         """All its neurons, which these parts divide by tap and pooling."""
+        if torch.compiler.is_compiling():
+            return self._select(parts)
+        # A selection holds views of the buffers, but of the queries a copy.
+        own = (parts, self.neurons, self.mean, self.scale, self.queries)
+        changes = None if self.queries is None or self.queries.is_inference() else self.queries._version
+        if self._selected is not None:
+            (*others, before), selection = self._selected
+            if before == changes and all(one is other for one, other in zip(own, others, strict=True)):
+                return selection
+        selection = self._select(parts)
+        self._selected = (*own, changes), selection
+        return selection
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the last selection: its views would not be of a copy's buffers."""
+        return {**self.__dict__, "_selected": None}
+
+    def _select(self, parts: TapParts) -> Selection:
         ends = [(of_tap[0][1], of_tap[-1][2]) for _, of_tap in parts]
         neurons = self.neurons.split([stop - start for start, stop in ends])
         queries = iter(() if self.queries is None else self.queries.split(self.widths))

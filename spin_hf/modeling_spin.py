@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,10 @@ from .gates import Gates
 from .inputs import token_mask as token_mask
 from .labels import label_names
 from .layout import Tap as Tap
+from .modes import full_precision
 from .outputs import SpinSequenceClassifierOutput, wants_dict
 from .parts import Stacks, check_rebuilds, text_part, whole_config
 from .pooling import pool as pool
-from .precision import full_precision
 from .pretrained import NotCalibratedError as NotCalibratedError
 from .pretrained import SpinPreTrainedModel
 from .quantization import is_quantized as is_quantized
@@ -36,8 +36,12 @@ from .readers import Gathering as Gathering
 from .spin_model import SpinModel
 from .structure import find_layout
 from .taps import is_read, model_device
+from .token_scores import token_scores as token_scores
 from .trust import CheckpointError as CheckpointError
 from .windows import Windows as Windows
+
+if TYPE_CHECKING:  # importing it needs Triton
+    from .triton_scores import scores as scores
 
 # Every module of the runtime is named above, since some versions of transformers copy from a self-contained folder only
 # what the first file imports itself.

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from .attention import ATTENTION, TokenWeights
+from .attention import ATTENTION, Queries, TokenWeights
 from .layout import PositionsError, Tap
-from .precision import full_precision
+from .modes import full_precision, is_exporting
 
 Pooling = Literal["first", "last", "mean", "max"]  # those without learned weights, for which see attention.py
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -51,13 +51,12 @@ class PoolingTogether:
     _MOST_ELSEWHERE = 2**24  # 64 MB of float32
 
     def __init__(self, mask: Tensor, weights: TokenWeights | None = None) -> None:
-        self._mask, self._weights = mask, weights or TokenWeights({}, mask)
+        self._mask, self._weights = mask, weights or TokenWeights(Queries({}), mask)
         self._found: dict[Any, list[Tensor]] = {}
         self._waiting: dict[str, list[tuple[Any, int, Tensor]]] = {}
         self._count = 0
         self._like: tuple[Any, ...] = ()
-        # A graph for any number of texts can't decide by it. Older versions of torch don't tell export from compile.
-        self._at_once = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+        self._at_once = is_exporting()  # a graph for any number of texts can't decide by it
 
     def add(self, key: Tap, values: Tensor, poolings: Sequence[tuple[str, int]]) -> None:
         """Take the neurons of one tap.

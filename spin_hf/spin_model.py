@@ -21,10 +21,10 @@ from .drift import sample, warn_if_moved
 from .features import FeatureGroup, Selection, Standardizer, described, group_by_tap, query_widths
 from .inputs import backbone_inputs, token_mask
 from .layout import Layout, PositionsError, Tap
+from .modes import full_precision
 from .outputs import SpinModelOutput, wants_dict
 from .parts import whole_config
 from .pooling import align_left
-from .precision import full_precision
 from .pretrained import NotCalibratedError, SpinPreTrainedModel
 from .readers import Gathering, Reader, TapByTap
 from .structure import find_layout

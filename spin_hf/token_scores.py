@@ -9,8 +9,7 @@ import warnings
 import torch
 from torch import Tensor
 
-# A graph that is exported runs elsewhere. Older versions of torch don't tell export from compile.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+from .modes import is_exporting
 
 
 def token_scores(values: Tensor, queries: Tensor, real: Tensor) -> Tensor:
@@ -22,7 +21,7 @@ def token_scores(values: Tensor, queries: Tensor, real: Tensor) -> Tensor:
         real: ``(rows, tokens)``; what other tokens get is not defined.
     """
     compiling = torch.compiler.is_compiling()
-    if values.is_cuda and compiling and not _is_exporting():
+    if values.is_cuda and compiling and not is_exporting():
         # The compiler joins these sums to what makes the values; a matrix product would first copy them to float32.
         return torch.stack([(values.float() * query).sum(-1) for query in queries])
     if values.is_cuda and not compiling and _by_kernel(values, queries):
@@ -43,9 +42,9 @@ def has_triton() -> bool:
     """Whether Triton is installed and can compile, for which it needs a C compiler; warns where it can't."""
     if importlib.util.find_spec("triton") is None:
         return False
-    from triton.runtime import driver
+    try:  # the import too, or transformers would ask for Triton as it loads this code from a folder
+        from triton.runtime import driver
 
-    try:
         driver.active.get_current_target()
     except Exception as error:  # whatever went wrong: all works without, if slower
         warnings.warn(

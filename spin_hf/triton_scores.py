@@ -5,11 +5,15 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .attention import UNREAL
+
+try:  # or transformers would ask for it as it loads this code from a folder
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 _SCORED, _SCORED_FROM, _WARPS = 16, 256, 2  # tokens that a program scores, and neurons at once
 

@@ -406,3 +406,26 @@ def test_a_tap_more_is_one_operation_more(padded):
     )
     assert many == few + 2
     assert operations(["ffn.1", "ffn.2"], ["mean"]) < few < 30
+
+
+@pytest.mark.parametrize("name", ["neurons", "mean", "scale", "queries"])
+@pytest.mark.parametrize("how", ["in place", "replaced", "moved"])
+def test_what_is_read_follows_the_buffers(name, how):
+    """A forward keeps what it worked out of them for the next."""
+    model, batch = calibrated(make_backbone("bert"), poolings=["attention", "mean"]), make_batch()
+    model(**batch)
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        before, made = each(**batch).logits, each.spin.standardizer
+        changed = getattr(made, name).flip(0)
+        if how == "in place":
+            getattr(made, name).copy_(changed)
+        else:
+            setattr(made, name, changed)
+        if how == "moved":
+            each.double().float()
+        fresh = SpinForSequenceClassification(model.config, backbone=make_backbone("bert"))
+        fresh.load_state_dict(each.state_dict())
+        found = each(**batch).logits
+        assert torch.equal(found, fresh.eval()(**batch).logits)
+        assert not torch.equal(found, before)

@@ -13,6 +13,11 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
+    torch.compiler.reset()
+
+
 def made(device, dtype, rows=3, tokens=21, width=100, queries=2):
     draw = torch.Generator().manual_seed(0)
     values = torch.randn(rows, tokens, width, generator=draw).to(device, dtype)

@@ -24,7 +24,7 @@ import torch
 from shapes import SHAPES, make
 
 from spin_hf import SpinForSequenceClassification, token_scores
-from spin_hf.attention import ATTENTION, source
+from spin_hf.attention import ATTENTION, Queries, source
 from spin_hf.calibration import one_pass
 from spin_hf.calibration.extraction import Encoded, PooledWhole, extract
 from spin_hf.calibration.store import FeatureStore
@@ -44,7 +44,7 @@ def measure(shape: str, poolings: list[str], arguments: argparse.Namespace) -> d
             for tap in dict.fromkeys(map(source, spin.taps))
         }
         queries = {tap: drawn[source(tap)] for tap in spin.taps}
-    here = {tap: query.to(arguments.device) for tap, query in queries.items()}
+    here = Queries({tap: query.to(arguments.device) for tap, query in queries.items()})
     start = functools.partial(PooledWhole, one_pass.pool_prefix, poolings, here)
     found = {}
 

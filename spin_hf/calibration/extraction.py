@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..attention import ATTENTION, sources
+from ..attention import ATTENTION, Queries, sources
 from ..layout import PositionsError
 from ..modeling_spin import SpinForSequenceClassification
 from ..pooling import pool
@@ -228,7 +228,7 @@ def extract(
     device = model_device(model)
 
     reduce = pool if encoded.windows else pool_prefix  # windows pool some tokens in their middle
-    here = {tap: query.to(device) for tap, query in (queries or {}).items()}
+    here = Queries({tap: query.to(device) for tap, query in (queries or {}).items()})
     start = functools.partial(PooledWhole, reduce, store.poolings, here)
 
     def run(rows: Sequence[int]) -> Arriving[Tap]:
@@ -269,7 +269,7 @@ class PooledWhole:
     Args:
         reduce: pools ``(rows, tokens, neurons)`` by a mask and the names of poolings.
         poolings: of each neuron.
-        queries: of the token weights of each tap, if ``attention`` is one.
+        queries: of the taps' token weights; none unless ``attention`` is one of the poolings.
         mask: of the tokens to pool.
     """
 
@@ -277,12 +277,13 @@ class PooledWhole:
         self,
         reduce: Callable[[Tensor, Tensor, Sequence[str]], Tensor],
         poolings: Sequence[str],
-        queries: Mapping[Tap, Tensor],
+        queries: Queries,
         mask: Tensor,
     ) -> None:
         self._reduce, self._poolings, self._mask = reduce, poolings, mask
         self._plain = [name for name in poolings if name != ATTENTION]
-        self._wanted, self._weights = queries, TokenWeightsInOnePass(queries, mask)
+        self._wanted = {tap for taps in queries.taps.values() for tap in taps}
+        self._weights = TokenWeightsInOnePass(queries, mask)
         self._found: dict[Tap, list[Tensor]] = {}
 
     def read(self, tap: Tap, values: Tensor) -> None:

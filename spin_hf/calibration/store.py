@@ -26,7 +26,7 @@ from .errors import NonFiniteFeaturesError, OutputFolderError
 FORMAT = 2
 ABOUT = "store.json"
 _PAGE = 1024  # float32 values in a page of memory: batches share no page, so that processes never write the same one
-_MUCH = 2**26  # bytes from which several threads read: one takes in 2 GB/s of what is in memory already
+_MUCH = 2**26  # bytes from which several threads read or write: one takes in 2 GB/s of what is in memory already
 _AT_ONCE = 2**23  # bytes that a thread reads and sends in one go: small ones keep threads waiting for each other
 # Threads that read or write.
 _THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -118,11 +118,14 @@ class FeatureStore:
             OutputFolderError: where the disk is full or fails. What was recorded stays.
         """
         if self._writing is None:
-            self._writing = ThreadPoolExecutor(_THREADS)  # one may write longer than a GPU reads the next batch
-        puts = [self._writing.submit(self._put, number, tap, pooled[tap]) for tap in self.widths]
+            self._writing = ThreadPoolExecutor(_THREADS)
+        # No more at work than it takes: each holds up the thread that tells the device what to compute next.
+        taps, threads = list(self.widths), min(_THREADS, 1 + sum(own.nbytes for own in pooled.values()) // _MUCH)
+        puts = [self._writing.submit(self._put_all, number, pooled, taps[i::threads]) for i in range(threads)]
         wait(puts)
         try:
-            sums = [put.result() for put in puts]
+            by_tap = {tap: one for put in puts for tap, one in put.result().items()}
+            sums = [by_tap[tap] for tap in taps]
             if self._record is None:
                 self._record = self._journal.open("a")
                 self._record.write("\n")  # ends what a kill left of a line
@@ -131,6 +134,9 @@ class FeatureStore:
         except OSError as error:
             raise _cannot_write(error) from error
         self._note(number, parts)
+
+    def _put_all(self, number: int, pooled: Mapping[Tap, np.ndarray], taps: Sequence[Tap]) -> dict[Tap, int]:
+        return {tap: self._put(number, tap, pooled[tap]) for tap in taps}
 
     def _put(self, number: int, tap: Tap, pooled: np.ndarray) -> int:
         """Write a tap's values of a batch; their :func:`_sum`."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spin_hf.attention import TokenWeights
+from spin_hf.attention import Queries, TokenWeights
 from spin_hf.calibration.one_pass import TokenWeightsInOnePass, pool_prefix
 from spin_hf.pooling import POOLINGS, pool
 from spin_hf.taps import Tap
@@ -52,7 +52,7 @@ def test_token_weights_are_the_plain_ones(device, dtype, width, neurons, lengths
     mask[1], mask[2, 3] = 0, 0  # a window may have no token to pool, and some in its middle that are not
     draw = torch.Generator().manual_seed(1)
     queries = {tap: torch.randn(width, generator=draw).to(device) for tap in (Tap("hidden", 0), Tap("ffn", 1))}
-    found, plain = (kind(queries, mask) for kind in KINDS)
+    found, plain = (kind(Queries(queries), mask) for kind in KINDS)
     for tap, own in ((Tap("hidden", 0), hidden), (Tap("ffn", 1), values)):
         for weights in (found, plain):
             weights.see(tap, own)
@@ -64,7 +64,7 @@ def test_token_weights_are_the_plain_ones(device, dtype, width, neurons, lengths
 def test_a_state_that_is_no_number_is_seen_under_token_weights(device, wrong):
     states, mask = batch(device, torch.float32, 8)
     states[1, 3, 2] = wrong
-    found, plain = (kind({Tap("hidden", 0): torch.ones(8, device=device)}, mask) for kind in KINDS)
+    found, plain = (kind(Queries({Tap("hidden", 0): torch.ones(8, device=device)}), mask) for kind in KINDS)
     for weights in (found, plain):
         weights.see(Tap("hidden", 0), states)
     (pooled,) = found.pool([Tap("hidden", 0)], [states])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from spin_hf import CheckpointError, SpinConfig, SpinForSequenceClassification, SpinModel, spin_calibrate
-from spin_hf.attention import TokenWeights, join, source
+from spin_hf.attention import Queries, TokenWeights, join, source
 from spin_hf.calibration import token_states, token_weights
 from spin_hf.calibration.errors import (
     CalibrationError,
@@ -52,7 +52,7 @@ def one_word_counts(count, seed=0):
 
 
 def seen(queries, mask, values):
-    weights = TokenWeights(queries, mask)
+    weights = TokenWeights(Queries(queries), mask)
     for tap, own in values.items():
         weights.see(tap, own)
     return weights
@@ -457,7 +457,7 @@ def test_taps_that_are_pooled_together_are_pooled_as_alone(dtype):
     }
     for own in values.values():
         own[~mask.bool()] = float("nan")
-    weights = TokenWeights({tap: torch.randn(4, generator=draw) for tap in taps}, mask)
+    weights = TokenWeights(Queries({tap: torch.randn(4, generator=draw) for tap in taps}), mask)
     for tap in (taps[0], taps[2]):
         weights.see(tap, values[tap])
     together = weights.pool(taps, list(values.values()))
@@ -474,7 +474,7 @@ def test_gradients_of_taps_together_are_those_of_each_alone():
     grads = []
     for together in (True, False):
         values = [torch.randn(2, 6, 4, generator=draw.manual_seed(7 + i)).requires_grad_() for i in range(2)]
-        weights = TokenWeights(queries, mask)
+        weights = TokenWeights(Queries(queries), mask)
         for tap, own in zip(taps, values, strict=True):
             weights.see(tap, own)
         parts = zip(taps, values, strict=True)
