@@ -190,9 +190,10 @@ def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], pooling
     with ThreadPoolExecutor(_THREADS) as pool:
         for own in (map if offloaded else pool.map)(hashed, pieces()):
             digest.update(own)
-    for rows in (encoded.input_ids, encoded.token_type_ids or []):
-        for row in rows:
-            digest.update(np.asarray([len(row), *row], dtype=np.int64).tobytes())
+    for rows in filter(None, (encoded.input_ids, encoded.token_type_ids)):
+        tokens = rows if isinstance(rows, Tokens) else Tokens(rows)
+        digest.update(np.asarray(tokens.lengths).data)
+        digest.update(tokens.flat.data)
     return digest.hexdigest()
 
 

@@ -35,6 +35,13 @@ class Tokens(Sequence[list[int]]):
     def lengths(self) -> list[int]:
         return np.diff(self._ends).tolist()
 
+    @property
+    def flat(self) -> np.ndarray:
+        """All ids one after another, int32."""
+        if self._flat is None:
+            self._flat = np.memmap(self._file, dtype=np.int32, mode="r").view(np.ndarray)  # whose slices are quicker
+        return self._flat
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 
@@ -42,6 +49,4 @@ class Tokens(Sequence[list[int]]):
         if isinstance(row, slice):
             return [self[i] for i in range(len(self))[row]]
         row = range(len(self))[row]
-        if self._flat is None:
-            self._flat = np.memmap(self._file, dtype=np.int32, mode="r").view(np.ndarray)  # whose slices are quicker
-        return self._flat[self._ends[row] : self._ends[row + 1]].tolist()
+        return self.flat[self._ends[row] : self._ends[row + 1]].tolist()
