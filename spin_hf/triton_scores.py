@@ -7,8 +7,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import UNREAL
-
 try:  # or transformers would ask for it as it loads this code from a folder
     import triton
     import triton.language as tl
@@ -24,7 +22,7 @@ def scores(values: Tensor, queries: Tensor, real: Tensor) -> Tensor:
     Args:
         values: ``(batch, tokens, width)``.
         queries: ``(queries, width)`` float32, one after another in memory.
-        real: ``(batch, tokens)``; other tokens are not read, and have :data:`UNREAL`.
+        real: ``(batch, tokens)`` bool; other tokens are not read, and have 0.
     """
     (batch, tokens, width), count = values.shape, len(queries)
     found = values.new_empty((count, batch, tokens), dtype=torch.float32)
@@ -32,7 +30,6 @@ def scores(values: Tensor, queries: Tensor, real: Tensor) -> Tensor:
         _scores[(batch, triton.cdiv(tokens, _SCORED))](
             *(values, queries, real.contiguous().view(torch.uint8), found),
             *(batch, tokens, width, values.stride(0), values.stride(1)),
-            UNREAL=UNREAL,
             COUNT=count,
             QUERIES=triton.next_power_of_2(count),
             TOKENS=_SCORED,
@@ -53,7 +50,6 @@ def _scores(
     width,
     row_stride,
     token_stride,
-    UNREAL: tl.constexpr,
     COUNT: tl.constexpr,
     QUERIES: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -73,6 +69,5 @@ def _scores(
         along = queries + query[:, None] * width + column[None, :]
         weight = tl.load(along, mask=(query < COUNT)[:, None] & inside[None, :], other=0.0)
         total += tl.sum(read[None, :, :] * weight[:, None, :], 2)
-    total = tl.where(pooled[None, :], total, UNREAL)
     place = found + (query.to(tl.int64)[:, None] * batch + row) * tokens + token[None, :]
     tl.store(place, total, mask=(query < COUNT)[:, None] & there[None, :])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..attention import UNREAL, TokenWeights
+from ..attention import TokenWeights
 from ..pooling import pool
 from ..taps import Tap
 from ..token_scores import has_triton
@@ -86,8 +86,7 @@ class TokenWeightsInOnePass(TokenWeights):
         from .triton_pooling import softmax_average
 
         values = values if _usable(values) else values.contiguous()
-        scores = self._scores[tap].to(values.device)
-        return softmax_average(values, scores.masked_fill(~self._real.to(values.device), UNREAL))
+        return softmax_average(values, self._scores[tap].to(values.device), self._real.to(values.device))
 
 
 def _usable(values: Tensor) -> bool:

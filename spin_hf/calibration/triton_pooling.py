@@ -38,19 +38,21 @@ def mean_and_max(values: Tensor, lengths: Tensor) -> Tensor:
     return found
 
 
-def softmax_average(values: Tensor, scores: Tensor) -> Tensor:
+def softmax_average(values: Tensor, scores: Tensor, real: Tensor) -> Tensor:
     """Averages over the tokens of ``(batch, tokens, neurons)`` by a softmax of their scores, and in a last column the
     logarithm of its normaliser: ``(batch, neurons + 1)`` in float32, on CUDA.
 
     Args:
         values: ``(batch, tokens, neurons)``. A token without weight is not read.
-        scores: ``(batch, tokens)`` float32, row by row in memory. The average of a row of :data:`UNREAL` is zero.
+        scores: ``(batch, tokens)`` float32, row by row in memory.
+        real: ``(batch, tokens)`` bool, of the tokens that have weight. The average of a row without any is zero.
     """
     batch, tokens, neurons = values.shape
     found = values.new_empty((batch, neurons + 1), dtype=torch.float32)
     with torch.cuda.device(values.device):
         _softmax_average[(batch, triton.cdiv(neurons, _NEURONS))](
-            *(values, scores, found, tokens, neurons, values.stride(0), values.stride(1)),
+            *(values, scores, real.contiguous().view(torch.uint8), found),
+            *(tokens, neurons, values.stride(0), values.stride(1)),
             UNREAL=UNREAL,
             TOKENS=_TOKENS,
             NEURONS=_NEURONS,
@@ -63,6 +65,7 @@ def softmax_average(values: Tensor, scores: Tensor) -> Tensor:
 def _softmax_average(
     values,
     scores,
+    real,
     found,
     tokens,
     neurons,
@@ -78,15 +81,17 @@ def _softmax_average(
     peaks = tl.full([TOKENS], float("-inf"), dtype=tl.float32)
     for first in range(0, tokens, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        score = tl.load(scores + row * tokens + token, mask=token < tokens, other=UNREAL)
-        peaks = tl.maximum(peaks, tl.where(score == UNREAL, float("-inf"), score))
+        pooled = tl.load(real + row * tokens + token, mask=token < tokens, other=0) != 0
+        score = tl.load(scores + row * tokens + token, mask=pooled, other=float("-inf"))
+        peaks = tl.maximum(peaks, score)
     peak = tl.max(peaks, 0)
     masses = tl.zeros([TOKENS], dtype=tl.float32)
     total = tl.zeros([NEURONS], dtype=tl.float32)
     for first in range(0, tokens, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        score = tl.load(scores + row * tokens + token, mask=token < tokens, other=UNREAL)
-        weight = tl.where(score == UNREAL, 0.0, tl.exp(score - peak))
+        pooled = tl.load(real + row * tokens + token, mask=token < tokens, other=0) != 0
+        score = tl.load(scores + row * tokens + token, mask=pooled, other=float("-inf"))
+        weight = tl.where(pooled, tl.exp(score - peak), 0.0)
         place = values + row * row_stride + token.to(tl.int64)[:, None] * token_stride + column[None, :]
         read = tl.load(place, mask=(weight != 0.0)[:, None] & inside[None, :], other=0.0).to(tl.float32)
         masses += weight
