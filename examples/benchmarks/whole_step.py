@@ -1,7 +1,8 @@
 """The whole step against the bare forward: what ``spin_calibrate`` costs over reading its texts once, by stage.
 
 The bare forward runs the very batches that the calibration reads, half of them just before it reads and half just
-after, so that a machine that slows down slows both. ``over the forward`` is the calibration without that, less one
+after, so that a machine that slows down slows both. With ``--every 4`` it runs every fourth of them, which stand for
+all by their tokens: the batches are sorted by length. ``over the forward`` is the calibration without that, less one
 forward, divided by the forward; the stages are divided by it likewise. On a CPU all times are CPU time of the process.
 
     python examples/benchmarks/whole_step.py --data DATA --set sst2 imdb --record
@@ -50,9 +51,15 @@ STAGES = ("tokenize", "token weights", "extract", "probe", "heads")
 class Bare:
     """Stands in for ``extract`` and runs the bare forward of the same batches around it."""
 
-    def __init__(self, now: Callable[[], float]) -> None:
-        self.now, self.extract, self.seconds = now, step.extract, 0.0
+    def __init__(self, now: Callable[[], float], every: int) -> None:
+        self.now, self.extract, self.every = now, step.extract, every
+        self.spent, self.share = 0.0, 1.0  # seconds, and the share of all padded tokens that they took
         self.first, self.texts, self.tokens = 0.0, 0, 0
+
+    @property
+    def seconds(self) -> float:
+        """Of the forward of all batches."""
+        return self.spent / self.share
 
     def __call__(
         self,
@@ -64,19 +71,22 @@ class Bare:
         *more: Any,
     ) -> None:
         every = list(numbers)
+        some = every[self.every // 2 :: self.every]
         model.eval()
         started = self.now()
         forward(model, encoded, store, every[:1], pad_token_id)  # what a first call sets up
         self.first = self.now() - started
         self.texts, self.tokens = len(encoded.lengths), sum(encoded.lengths)
-        self.read(model, encoded, store, every[::2], pad_token_id)
+        self.read(model, encoded, store, some[::2], pad_token_id)
         self.extract(model, encoded, store, every, pad_token_id, *more)
-        self.read(model, encoded, store, every[1::2], pad_token_id)
+        self.read(model, encoded, store, some[1::2], pad_token_id)
+        padded = [len(rows) * max(encoded.lengths[row] for row in rows) for rows in store.batches]
+        self.share = sum(padded[number] for number in some) / sum(padded[number] for number in every)
 
     def read(self, *given: Any) -> None:
         started = self.now()
         forward(*given)
-        self.seconds += self.now() - started
+        self.spent += self.now() - started
 
 
 @torch.no_grad()
@@ -119,7 +129,7 @@ def measure(
             torch.cuda.synchronize()
         return time.perf_counter() if cuda else time.process_time()
 
-    bare = Bare(now)
+    bare = Bare(now, given.every)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         disk = Disk(Path(folder))
         disk.start()
@@ -142,8 +152,8 @@ def measure(
         disk.done.set()
         disk.join()
     stages = {stage: result.seconds.get(stage, 0.0) for stage in STAGES}
-    stages["extract"] -= bare.seconds + bare.first
-    total -= bare.seconds + bare.first
+    stages["extract"] -= bare.spent + bare.first
+    total -= bare.spent + bare.first
     over = {stage: stages[stage] - (bare.seconds if stage == "extract" else 0) for stage in STAGES}
     over["rest"] = total - sum(stages.values())
     return {
@@ -202,6 +212,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, help="random weights instead of a real backbone")
     parser.add_argument("--texts", type=int, default=25000, help="of a shape")
     parser.add_argument("--tokens", type=int, default=256, help="of each of these texts")
+    parser.add_argument("--every", type=int, default=1, help="run the bare forward on every so many batches only")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--batch-tokens", type=int, help="default: 16384 on a GPU, 4096 on a CPU")
