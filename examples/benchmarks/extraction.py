@@ -135,7 +135,8 @@ def main() -> None:
     arguments = parser.parse_args()
     every = arguments.poolings or [[ATTENTION], ["mean", "max"]]
     rows = [measure(shape, poolings, arguments) for poolings in every for shape in arguments.shape]
-    results.report(arguments.record, f"Extraction: {' '.join(arguments.shape)}, {arguments.device}", rows)
+    only = "".join(f", {' and '.join(poolings)}" for poolings in arguments.poolings or [])
+    results.report(arguments.record, f"Extraction: {' '.join(arguments.shape)}{only}, {arguments.device}", rows)
 
 
 if __name__ == "__main__":
