@@ -1,4 +1,4 @@
-"""Token weights: what they are at run time, and that calibration finds the tokens that carry the label."""
+"""Calibration learns token weights that find the tokens which carry the label."""
 
 import random
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from spin_hf.explain import explain
 from spin_hf.prediction import predict
 from spin_hf.taps import Tap
 
-FFN, HIDDEN, EMBEDDINGS = Tap("ffn", 1), Tap("hidden", 1), Tap("hidden", 0)
+HIDDEN = Tap("hidden", 1)
 
 
 def calibrate(*data, backbone=None, **options):
