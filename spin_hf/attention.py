@@ -54,14 +54,15 @@ class Queries:
     """
 
     def __init__(self, queries: Mapping[Tap, Tensor]) -> None:
-        self.taps: dict[Tap, list[Tap]] = {}  # that a source serves
+        self.served: dict[Tap, list[Tap]] = {}  # taps by their source
         for tap in queries:
-            self.taps.setdefault(source(tap), []).append(tap)
-        self.of: dict[Tap, Tensor] = {}  # a source's, (taps, its width)
+            self.served.setdefault(source(tap), []).append(tap)
+        self.stacked: dict[Tap, Tensor] = {}  # by source, (taps, its width)
         if queries:
-            every = torch.cat([queries[tap] for taps in self.taps.values() for tap in taps])
-            parts = every.split_with_sizes([sum(len(queries[tap]) for tap in taps) for taps in self.taps.values()])
-            self.of = {own: part.view(len(self.taps[own]), -1) for own, part in zip(self.taps, parts, strict=True)}
+            every = torch.cat([queries[tap] for taps in self.served.values() for tap in taps])
+            parts = every.split_with_sizes([sum(len(queries[tap]) for tap in taps) for taps in self.served.values()])
+            for (own, taps), part in zip(self.served.items(), parts, strict=True):
+                self.stacked[own] = part.view(len(taps), -1)
 
 
 class TokenWeights:
@@ -83,12 +84,12 @@ class TokenWeights:
         Raises:
             PositionsError: where there is not one position for each token.
         """
-        served = self._queries.taps.get(tap)
+        served = self._queries.served.get(tap)
         if not served:
             return
         self.check(tap, values)
         with full_precision(values.device):
-            found = token_scores(values, self._queries.of[tap].to(values.device), self._real)
+            found = token_scores(values, self._queries.stacked[tap].to(values.device), self._real)
         self._scores.update(zip(served, found.unbind(0), strict=True))
 
     def of(self, taps: Sequence[Tap], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -110,19 +111,19 @@ class Exits(nn.Module):
         if number is None:
             return everything
         columns = self.head(number).columns
-        ends = [stop for _, of_tap in self.parts for _, _, stop in of_tap]
+        ends = list(accumulate(count for part in self.parts for _, count in part.poolings))
         bounds = iter(torch.searchsorted(columns, torch.tensor(ends, device=columns.device)).tolist())
         kept, start = [], 0
-        for (tap, of_tap), shared in zip(self.parts, everything.kept, strict=True):
+        for part, shared in zip(self.parts, everything.kept, strict=True):
             first, poolings = start, []
-            for pooling, _, _ in of_tap:
+            for pooling, _ in part.poolings:
                 stop = next(bounds)
                 if stop > start:
                     poolings.append((pooling, stop - start))
                 start = stop
             if poolings:
                 query = shared.query if any(pooling == ATTENTION for pooling, _ in poolings) else None
-                kept.append(Kept(tap, self.standardizer.neurons[columns[first:start]], poolings, query))
+                kept.append(Kept(part.tap, self.standardizer.neurons[columns[first:start]], poolings, query))
         return Selection(kept, everything.mean[columns], everything.scale[columns])
 
     def forward(self, shared: Tensor) -> Tensor:

@@ -21,7 +21,13 @@ class FeatureGroup(NamedTuple):
     query: Tensor | None = None  # of its token weights, (width,) float32; under the pooling "attention"
 
 
-TapParts = list[tuple[Tap, list[tuple[str, int, int]]]]  # for each tap its (pooling, start, stop)
+class TapPart(NamedTuple):
+    """What a tap gives to the features."""
+
+    tap: Tap
+    poolings: list[tuple[str, int]]  # and how many neurons each of them has, one after another
+    size: int  # of all of them
+    weighted: bool  # whether one of the poolings is "attention"
 
 
 class Kept(NamedTuple):
@@ -33,12 +39,12 @@ class Kept(NamedTuple):
     query: Tensor | None = None  # of its token weights, where one of them is "attention"
 
 
-class Selection:
+class Selection(NamedTuple):
     """What one forward is to read, and the shift and scale of each feature."""
 
-    def __init__(self, kept: list[Kept], mean: Tensor, scale: Tensor) -> None:
-        self.kept, self.mean, self.scale = kept, mean, scale
-        self.queries = Queries({each.tap: each.query for each in kept if each.query is not None})
+    kept: list[Kept]
+    mean: Tensor
+    scale: Tensor
 
     def groups(self) -> list[FeatureGroup]:
         """The neurons, group by group, in the order of the features."""
@@ -47,6 +53,10 @@ class Selection:
             for tap, neurons, poolings, query in self.kept
             for (pooling, _), own in zip(poolings, neurons.split([count for _, count in poolings]), strict=True)
         ]
+
+    def queries(self) -> Queries:
+        """Of the taps that are pooled by token weights."""
+        return Queries({each.tap: each.query for each in self.kept if each.query is not None})
 
     def standardise(self, pooled: Sequence[Tensor]) -> Tensor:
         """Features ``(batch, num_features)`` from the pooled neurons ``(batch, neurons)`` of each tap and pooling."""
@@ -65,7 +75,6 @@ class Standardizer(nn.Module):
         """``widths``: of the queries of the taps with token weights, in the order of the features."""
         super().__init__()
         self.widths = list(widths)
-        self._selected: tuple[tuple[Any, ...], Selection] | None = None  # the last, and what it was made of
         self.register_buffer("neurons", torch.zeros(num_features, dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(num_features, dtype=torch.float32))
         self.register_buffer("scale", torch.ones(num_features, dtype=torch.float32))
@@ -83,34 +92,14 @@ class Standardizer(nn.Module):
         made.scale.copy_(scale)
         return made
 
-    def select(self, parts: TapParts) -> Selection:
+    def select(self, parts: Sequence[TapPart]) -> Selection:
         """All its neurons, which these parts divide by tap and pooling."""
-        if torch.compiler.is_compiling():
-            return self._select(parts)
-        # A selection holds views of the buffers, but of the queries a copy.
-        own = (parts, self.neurons, self.mean, self.scale, self.queries)
-        changes = None if self.queries is None or self.queries.is_inference() else self.queries._version
-        if self._selected is not None:
-            (*others, before), selection = self._selected
-            if before == changes and all(one is other for one, other in zip(own, others, strict=True)):
-                return selection
-        selection = self._select(parts)
-        self._selected = (*own, changes), selection
-        return selection
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the last selection: its views would not be of a copy's buffers."""
-        return {**self.__dict__, "_selected": None}
-
-    def _select(self, parts: TapParts) -> Selection:
-        ends = [(of_tap[0][1], of_tap[-1][2]) for _, of_tap in parts]
-        neurons = self.neurons.split([stop - start for start, stop in ends])
-        queries = iter(() if self.queries is None else self.queries.split(self.widths))
-        kept = []
-        for (tap, of_tap), own in zip(parts, neurons, strict=True):
-            poolings = [(pooling, stop - start) for pooling, start, stop in of_tap]
-            weighted = any(pooling == ATTENTION for pooling, _ in poolings)
-            kept.append(Kept(tap, own, poolings, next(queries) if weighted else None))
+        neurons = self.neurons.split_with_sizes([part.size for part in parts])
+        queries = iter(() if self.queries is None else self.queries.split_with_sizes(self.widths))
+        kept = [
+            Kept(part.tap, own, part.poolings, next(queries) if part.weighted else None)
+            for part, own in zip(parts, neurons, strict=True)
+        ]
         return Selection(kept, self.mean, self.scale)
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -139,15 +128,12 @@ def query_widths(features: Sequence[Mapping[str, Any]]) -> list[int]:
     return [entry["query"] for entry in features if "query" in entry]
 
 
-def group_by_tap(features: Sequence[Mapping[str, Any]]) -> TapParts:
-    """For each tap of ``SpinConfig.features`` its slices of the feature vector."""
-    groups: TapParts = []
-    start = 0
+def group_by_tap(features: Sequence[Mapping[str, Any]]) -> list[TapPart]:
+    """The parts of the feature vector that ``SpinConfig.features`` tells of."""
+    poolings: dict[Tap, list[tuple[str, int]]] = {}
     for entry in features:
-        tap = Tap.parse(entry["tap"])
-        stop = start + entry["count"]
-        if not groups or groups[-1][0] != tap:
-            groups.append((tap, []))
-        groups[-1][1].append((entry["pooling"], start, stop))
-        start = stop
-    return groups
+        poolings.setdefault(Tap.parse(entry["tap"]), []).append((entry["pooling"], entry["count"]))
+    return [
+        TapPart(tap, own, sum(count for _, count in own), any(pooling == ATTENTION for pooling, _ in own))
+        for tap, own in poolings.items()
+    ]

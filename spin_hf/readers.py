@@ -53,7 +53,7 @@ class Gathering:
         self._learns = learns
         self._pools = []
         for each in selections:
-            weights = TokenWeights(each.queries, mask)
+            weights = TokenWeights(each.queries(), mask)
             self._pools.append(({kept.tap: kept for kept in each.kept}, weights, PoolingTogether(mask, weights)))
 
     def read(self, tap: Tap, values: Tensor) -> None:

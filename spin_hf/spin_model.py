@@ -18,7 +18,7 @@ from .batching import split_rows
 from .configuration_spin import SpinConfig
 from .depth import nearest_depth, truncate
 from .drift import sample, warn_if_moved
-from .features import FeatureGroup, Selection, Standardizer, described, group_by_tap, query_widths
+from .features import FeatureGroup, Selection, Standardizer, TapPart, described, group_by_tap, query_widths
 from .inputs import backbone_inputs, token_mask
 from .layout import Layout, PositionsError, Tap
 from .modes import full_precision
@@ -52,7 +52,7 @@ class SpinModel(SpinPreTrainedModel):
         self._form = self.layout.form(backbone)
         self._takes = frozenset(signature(type(backbone).forward).parameters)
         self.standardizer = Standardizer(config.num_features, query_widths(config.features))
-        self.groups: list[tuple[Tap, list[tuple[str, int, int]]]] = []
+        self.groups: list[TapPart] = []
         self._hooks: list[Any] = []
         self.install_hooks()
         self._check_queries()
@@ -111,8 +111,8 @@ class SpinModel(SpinPreTrainedModel):
         self.groups = group_by_tap(self.config.features)
         exits = group_by_tap(self.config.exit_features)
         named: dict[Tap, list[str]] = {}
-        for tap, parts in (*self.groups, *exits):
-            named.setdefault(tap, []).extend(pooling for pooling, _, _ in parts)
+        for part in (*self.groups, *exits):
+            named.setdefault(part.tap, []).extend(pooling for pooling, _ in part.poolings)
         self._hooks = attach(self.backbone, self.layout, list(dict.fromkeys((*named, *sources(named)))))
 
     def _check_queries(self) -> None:

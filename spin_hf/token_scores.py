@@ -1,4 +1,4 @@
-"""Scores of tokens by queries: on a GPU the states are read once and as they are, since that is all that it takes."""
+"""Scores of tokens by queries. On a GPU they take as long as it takes to read the states, if these are read once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .modes import is_exporting
+
+_LEAST_CAPABILITY = (7, 0)  # of an Nvidia GPU that Triton compiles for
 
 
 def token_scores(values: Tensor, queries: Tensor, real: Tensor) -> Tensor:
@@ -32,23 +35,37 @@ def token_scores(values: Tensor, queries: Tensor, real: Tensor) -> Tensor:
 
 
 def _by_kernel(values: Tensor, queries: Tensor) -> bool:
-    learns = torch.is_grad_enabled() and (values.requires_grad or queries.requires_grad)
-    traced = torch.jit.is_tracing()  # type: ignore[attr-defined]  # a trace would miss the kernel
-    return values.stride(-1) == 1 and not learns and not traced and has_triton()
+    """Whether nothing follows torch's operations: a kernel is none."""
+    if torch.is_grad_enabled() and (values.requires_grad or queries.requires_grad):
+        return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    if type(values) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(values):
+        return False
+    if forward_ad.unpack_dual(values).tangent is not None:
+        return False
+    return values.stride(-1) == 1 and runs_triton(values.device)
 
 
 @functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed and can compile, for which it needs a C compiler; warns where it can't."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    try:  # the import too, or transformers would ask for Triton as it loads this code from a folder
-        from triton.runtime import driver
+def runs_triton(device: torch.device) -> bool:
+    """Whether kernels run there: on a GPU that Triton compiles for, where it is installed and finds a C compiler.
 
-        driver.active.get_current_target()
+    Warns where a kernel was tried and failed.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return False
+    try:
+        from .triton_scores import try_out
+
+        try_out(device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever went wrong: all works without, if slower
         warnings.warn(
-            f"Triton can't compile kernels here ({error}), so that plain operations of torch are used, which read "
+            f"Triton can't run kernels on {device} ({error}), so that plain operations of torch are used, which read "
             "activations and features up to three times as often. It needs a C compiler, such as gcc.",
             stacklevel=2,
         )

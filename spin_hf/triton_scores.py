@@ -7,13 +7,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-try:  # or transformers would ask for it as it loads this code from a folder
+try:  # transformers' check_imports, which asks for what the code of a folder imports, passes over what is tried
     import triton
     import triton.language as tl
 except ImportError:
     raise
 
-_SCORED, _SCORED_FROM, _WARPS = 16, 256, 2  # tokens that a program scores, and neurons at once
+# Tokens that a program scores, and neurons at once: 1.7 TB/s on an H100, of 32 and 128 1.1
+_SCORED, _SCORED_FROM, _WARPS = 16, 256, 2
+
+
+def try_out(device: torch.device) -> None:
+    """Compile a kernel and run it there, or raise what keeps Triton from that."""
+    with torch.cuda.device(device):
+        _one[(1,)](torch.zeros(1, device=device))
 
 
 def scores(values: Tensor, queries: Tensor, real: Tensor) -> Tensor:
@@ -37,6 +44,11 @@ def scores(values: Tensor, queries: Tensor, real: Tensor) -> Tensor:
             num_warps=_WARPS,
         )
     return found
+
+
+@triton.jit
+def _one(found) -> None:
+    tl.store(found, 1.0)
 
 
 @triton.jit(do_not_specialize=["batch", "tokens"])  # or a server would compile it for many lengths

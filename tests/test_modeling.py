@@ -409,23 +409,30 @@ def test_a_tap_more_is_one_operation_more(padded):
 
 
 @pytest.mark.parametrize("name", ["neurons", "mean", "scale", "queries"])
-@pytest.mark.parametrize("how", ["in place", "replaced", "moved"])
+@pytest.mark.parametrize("how", ["in place", "replaced", "data"])
 def test_what_is_read_follows_the_buffers(name, how):
-    """A forward keeps what it worked out of them for the next."""
     model, batch = calibrated(make_backbone("bert"), poolings=["attention", "mean"]), make_batch()
-    model(**batch)
-    copied = copy.deepcopy(model)
-    for each in (model, copied):
-        before, made = each(**batch).logits, each.spin.standardizer
-        changed = getattr(made, name).flip(0)
-        if how == "in place":
-            getattr(made, name).copy_(changed)
-        else:
-            setattr(made, name, changed)
-        if how == "moved":
-            each.double().float()
-        fresh = SpinForSequenceClassification(model.config, backbone=make_backbone("bert"))
-        fresh.load_state_dict(each.state_dict())
-        found = each(**batch).logits
-        assert torch.equal(found, fresh.eval()(**batch).logits)
-        assert not torch.equal(found, before)
+    before, made = model(**batch).logits, model.spin.standardizer
+    changed = getattr(made, name).flip(0)
+    if how == "in place":
+        getattr(made, name).copy_(changed)
+    elif how == "replaced":
+        setattr(made, name, changed)
+    else:
+        getattr(made, name).data = changed
+    fresh = SpinForSequenceClassification(model.config, backbone=make_backbone("bert"))
+    fresh.load_state_dict(model.state_dict())
+    found = model(**batch).logits
+    assert torch.equal(found, fresh.eval()(**batch).logits)
+    assert not torch.equal(found, before)
+
+
+def test_gradients_come_back_after_a_forward_in_inference_mode():
+    model, batch = calibrated(make_backbone("bert"), poolings=["attention", "mean"]), make_batch()
+    with torch.inference_mode():
+        expected = model(**batch).logits.clone()
+    model.unfreeze_backbone()
+    found = model(**batch).logits
+    found.sum().backward()
+    assert torch.equal(found, expected)
+    assert all(parameter.grad is not None for parameter in model.spin.backbone.encoder.parameters())

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from spin_hf.token_scores import token_scores
+from spin_hf.token_scores import runs_triton, token_scores
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
@@ -80,17 +81,42 @@ def test_a_trace_holds_them(device):
     check(traced(others, queries, real), others, queries, real)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_forward_differentiation_and_vmap_pass_through(device):
+    values, queries, real = made(device, torch.float32)
+    tangent = torch.ones_like(values)
+    with torch.no_grad():
+        _, found = torch.func.jvp(lambda given: token_scores(given, queries, real), (values,), (tangent,))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(values, tangent)
+            other = forward_ad.unpack_dual(token_scores(dual, queries, real)).tangent
+        each = torch.func.vmap(lambda given: token_scores(given[None], queries, real[:1]))(values)
+    for own in (found, other):
+        torch.testing.assert_close(own.double(), expected(tangent, queries), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(each[:, :, 0].double(), expected(values, queries).movedim(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_run_on_no_cpu():
+    assert not runs_triton(torch.device("cpu"))
+
+
+@gpu
+def test_kernels_run_here():
+    """Else the other tests here would try nothing but plain operations."""
+    assert runs_triton(torch.device("cuda", 0))
+
+
 @gpu
 def test_without_a_c_compiler_plain_operations_serve(tmp_path):
     """Slim images have none. Triton needs one where nothing is in its cache."""
     script = (
         "import torch, warnings\n"
-        "from spin_hf.token_scores import has_triton, token_scores\n"
+        "from spin_hf.token_scores import runs_triton, token_scores\n"
+        "ones = torch.ones(2, 3, 4, device='cuda')\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
-        "    assert not has_triton() and not has_triton()\n"
+        "    assert not runs_triton(ones.device) and not runs_triton(ones.device)\n"
         "assert len([each for each in seen if 'C compiler' in str(each.message)]) == 1, seen\n"
-        "ones = torch.ones(2, 3, 4, device='cuda')\n"
         "assert token_scores(ones, ones[0, :1], ones[..., 0] > 0).eq(4).all()\n"
     )
     environment = {**os.environ, "CC": str(tmp_path / "none"), "TRITON_CACHE_DIR": str(tmp_path / "cache"), "PATH": ""}

@@ -57,8 +57,8 @@ def measure(shape: str, poolings: list[str], arguments: argparse.Namespace) -> d
 
     def plain() -> None:
         with (
-            mock.patch.object(one_pass, "has_triton", _never),
-            mock.patch.object(token_scores, "has_triton", _never),
+            mock.patch.object(one_pass, "runs_triton", _never),
+            mock.patch.object(token_scores, "runs_triton", _never),
         ):
             one_go()
         found[plain] = found.pop(one_go)
@@ -96,7 +96,7 @@ def measure(shape: str, poolings: list[str], arguments: argparse.Namespace) -> d
     }
 
 
-def _never() -> bool:
+def _never(device: torch.device) -> bool:
     """A mock would remember all that it was asked of."""
     return False
 

@@ -70,18 +70,18 @@ class Bare:
         pad_token_id: int,
         *more: Any,
     ) -> None:
-        every = list(numbers)
-        some = every[self.every // 2 :: self.every]
+        numbers = list(numbers)
+        some = numbers[(self.every - 1) // 2 :: self.every] or numbers[:1]
         model.eval()
         started = self.now()
-        forward(model, encoded, store, every[:1], pad_token_id)  # what a first call sets up
+        forward(model, encoded, store, numbers[:1], pad_token_id)  # what a first call sets up
         self.first = self.now() - started
         self.texts, self.tokens = len(encoded.lengths), sum(encoded.lengths)
         self.read(model, encoded, store, some[::2], pad_token_id)
-        self.extract(model, encoded, store, every, pad_token_id, *more)
+        self.extract(model, encoded, store, numbers, pad_token_id, *more)
         self.read(model, encoded, store, some[1::2], pad_token_id)
         padded = [len(rows) * max(encoded.lengths[row] for row in rows) for rows in store.batches]
-        self.share = sum(padded[number] for number in some) / sum(padded[number] for number in every)
+        self.share = sum(padded[number] for number in some) / sum(padded[number] for number in numbers)
 
     def read(self, *given: Any) -> None:
         started = self.now()
@@ -223,6 +223,8 @@ def main() -> None:
     given.batch_tokens = given.batch_tokens or (16384 if cuda else 4096)
     if not given.shape and given.data is None:
         parser.error("give --data with the data sets, or --shape for random weights")
+    if given.every < 1:
+        parser.error("--every counts batches: 1 or more")
     names = " ".join(given.shape or [given.model.name if given.model else "MiniLM", "on", *given.set])
     found = (made(each, given) if given.shape else real(each, given) for each in given.shape or given.set)
     rows = ({**row, "dtype": given.dtype, "batch tokens": given.batch_tokens} for row in found)

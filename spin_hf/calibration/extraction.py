@@ -190,10 +190,12 @@ def fingerprint(model: SpinModel, encoded: Encoded, taps: Sequence[Tap], pooling
     with ThreadPoolExecutor(_THREADS) as pool:
         for own in (map if offloaded else pool.map)(hashed, pieces()):
             digest.update(own)
-    for rows in filter(None, (encoded.input_ids, encoded.token_type_ids)):
-        tokens = rows if isinstance(rows, Tokens) else Tokens(rows)
-        digest.update(np.asarray(tokens.lengths).data)
-        digest.update(tokens.flat.data)
+    for rows in (encoded.input_ids, encoded.token_type_ids):
+        digest.update(repr(None if rows is None else len(rows)).encode())
+        if rows is not None:
+            tokens = rows if isinstance(rows, Tokens) else Tokens(rows)
+            digest.update(np.asarray(tokens.lengths, dtype=np.int64).data)
+            digest.update(tokens.flat.data)
     return digest.hexdigest()
 
 
@@ -283,7 +285,7 @@ class PooledWhole:
     ) -> None:
         self._reduce, self._poolings, self._mask = reduce, poolings, mask
         self._plain = [name for name in poolings if name != ATTENTION]
-        self._wanted = {tap for taps in queries.taps.values() for tap in taps}
+        self._wanted = {tap for taps in queries.served.values() for tap in taps}
         self._weights = TokenWeightsInOnePass(queries, mask)
         self._found: dict[Tap, list[Tensor]] = {}
 

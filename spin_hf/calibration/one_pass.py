@@ -12,7 +12,7 @@ from torch import Tensor
 from ..attention import TokenWeights
 from ..pooling import pool
 from ..taps import Tap
-from ..token_scores import has_triton
+from ..token_scores import runs_triton
 
 
 def pool_prefix(values: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:
@@ -81,7 +81,7 @@ class TokenWeightsInOnePass(TokenWeights):
         if values.is_cpu:
             weights, mass = self.of([tap], values.device)
             return torch.cat([_weighted_sum(values, weights[0]), mass[0][:, None]], 1)
-        if not (values.is_cuda and has_triton()):
+        if not runs_triton(values.device):
             return super().pool([tap], [values])[0]
         from .triton_pooling import softmax_average
 
@@ -90,4 +90,4 @@ class TokenWeightsInOnePass(TokenWeights):
 
 
 def _usable(values: Tensor) -> bool:
-    return values.is_cpu or (values.is_cuda and values.stride(-1) == 1 and has_triton())
+    return values.is_cpu or (values.stride(-1) == 1 and runs_triton(values.device))

@@ -7,10 +7,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..token_scores import has_triton
+from ..token_scores import runs_triton
 
 _FEW = range(2, 9)  # vectors with which both products of a step are quicker by kernels (benchmarks/products.py)
-_LEAST_CAPABILITY = (7, 0)  # that Triton compiles for
 ALIGNED = 16  # features of which the width is a multiple: what begins anywhere in memory is read more slowly
 
 
@@ -33,7 +32,7 @@ def transposed_times(x: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _by_kernel(x: Tensor, vectors: Tensor) -> bool:
-    if not (x.is_cuda and has_triton() and torch.cuda.get_device_capability(x.device) >= _LEAST_CAPABILITY):
+    if not runs_triton(x.device):
         return False
     width, plain = x.shape[2], x.dtype == vectors.dtype == torch.float32 and x.is_contiguous()
     return plain and vectors.shape[2] in _FEW and width > 0 and width % ALIGNED == 0

@@ -158,7 +158,7 @@ class _Spread:
             start = own.stop
         self.text = torch.arange(len(mask), device=mask.device) if plan is None else plan.text[:, 0]
         self.lengths = mask.sum(1).clamp_min(1)
-        self.queries = selection.queries
+        self.queries = selection.queries()
         self.weights: TokenWeights | None = None  # of the forward that runs, whose mask is this one
         self.pooling: Tensor | None = None
         self.seen: dict[Tap, int] = {}

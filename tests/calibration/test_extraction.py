@@ -219,6 +219,9 @@ def test_fingerprint_tells_what_the_features_depend_on(model, make_backbone, tok
         taken(encoded=tokens),
         taken(encoded=pairs),
         taken(encoded=extraction.Encoded(pairs.input_ids, encoded.token_type_ids, 64, 0)),
+        taken(encoded=extraction.Encoded([[2, 0], [0, 0]], None, 64, 0)),
+        taken(encoded=extraction.Encoded([[2, 0]], [[0, 0]], 64, 0)),
+        taken(encoded=extraction.Encoded([[2], [0], [0, 0]], None, 64, 0)),
         taken(taps=model.spin.taps[1:]),
         taken(poolings=("max", "mean")),
         taken(budget=BUDGET + 1),
@@ -341,6 +344,24 @@ def test_what_is_read_in_groups_of_batches_and_by_threads_has_its_place(
         some = store.read(tap, pooling, np.array([4, 1]), device=there)
         assert some.device.type == device
         assert np.array_equal(some.cpu(), values[:, place, [4, 1]])
+
+
+@pytest.mark.parametrize("most", [1, 300, 2**26])  # bytes for which one thread is enough: more threads than taps, some
+def test_a_batch_is_the_same_by_however_many_threads_it_is_written(most, tmp_path, monkeypatch):
+    widths = {Tap("hidden", 0): 3, Tap("ffn", 1): 7, Tap("hidden", 1): 3, Tap("ffn", 2): 7, Tap("hidden", 2): 3}
+    draw, batches = np.random.default_rng(0), [np.array([2, 0]), np.array([1])]
+    values = {tap: draw.normal(size=(2, 3, width)).astype(np.float32) for tap, width in widths.items()}
+    for name, amount in (("one", 2**40), ("many", most)):
+        monkeypatch.setattr(store_module, "_MUCH", amount)
+        monkeypatch.setattr(store_module, "_THREADS", 8)
+        store = FeatureStore(tmp_path / name, widths=widths, poolings=["mean", "max"], batches=batches)
+        store.create({})
+        for number, rows in enumerate(batches):
+            store.write(number, {tap: own[:, rows] for tap, own in values.items()})
+        store.close()
+        for tap, own in values.items():
+            assert np.array_equal(store.read(tap, "max"), own[1])
+    assert recorded(tmp_path / "one", 2) == recorded(tmp_path / "many", 2)
 
 
 def filled(folder, batches):
