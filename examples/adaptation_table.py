@@ -83,6 +83,11 @@ def rates_of(method: str, done: list[dict[str, Any]], here: tuple[str, str, int 
     return (whole[0],)
 
 
+def draws(method: str) -> bool:
+    """Whether another seed gives another result from all texts: what trains does, and what learns token weights."""
+    return len(METHODS[method][1]) > 1 or method == "SPIN"
+
+
 def where(row: dict[str, Any]) -> tuple[str, str, int | None]:
     return row["model"], row["set"], row["per_class"]
 
@@ -98,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
         for dataset in arguments.sets
         for per_class in arguments.per_class or [None]
         for method in arguments.methods or METHODS
-        for seed in (arguments.seeds if per_class or len(METHODS[method][1]) > 1 else arguments.seeds[:1])
+        for seed in (arguments.seeds if per_class or draws(method) else arguments.seeds[:1])
     ]
     with tempfile.TemporaryDirectory() as scratch:
         for dataset, per_class, method, seed in runs:
@@ -109,7 +114,8 @@ def run(arguments: argparse.Namespace) -> None:
             rows = numbered(dict(zip(("train", "validation", "test"), load(arguments.data, dataset), strict=True)))
             rows = {part: own[: arguments.rows] for part, own in rows.items()}
             few = few_of(rows["train"], per_class, seed) if per_class else None
-            work = (arguments.work or Path(scratch)) / f"{name}-{dataset}" / (f"{per_class}-{seed}" if few else "all")
+            own = f"{per_class}-{seed}" if few else f"all-{seed}" if method == "SPIN" and seed else "all"
+            work = (arguments.work or Path(scratch)) / f"{name}-{dataset}" / own
             work.mkdir(parents=True, exist_ok=True)
             setting = Setting(
                 path,
