@@ -44,14 +44,14 @@ def softmax_average(values: Tensor, scores: Tensor, real: Tensor) -> Tensor:
 
     Args:
         values: ``(batch, tokens, neurons)``. A token without weight is not read.
-        scores: ``(batch, tokens)`` float32, row by row in memory.
+        scores: ``(batch, tokens)`` float32.
         real: ``(batch, tokens)`` bool, of the tokens that have weight. The average of a row without any is zero.
     """
     batch, tokens, neurons = values.shape
     found = values.new_empty((batch, neurons + 1), dtype=torch.float32)
     with torch.cuda.device(values.device):
         _softmax_average[(batch, triton.cdiv(neurons, _NEURONS))](
-            *(values, scores, real.contiguous().view(torch.uint8), found),
+            *(values, scores.contiguous(), real.contiguous().view(torch.uint8), found),
             *(tokens, neurons, values.stride(0), values.stride(1)),
             UNREAL=UNREAL,
             TOKENS=_TOKENS,

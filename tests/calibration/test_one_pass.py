@@ -60,6 +60,20 @@ def test_token_weights_are_the_plain_ones(device, dtype, width, neurons, lengths
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_token_weights_of_states_that_do_not_lie_side_by_side(device):
+    """Their scores come from a matrix product, which has another order in memory."""
+    hidden, mask = batch(device, torch.float32, 40)
+    turned = hidden.transpose(1, 2).contiguous().transpose(1, 2)
+    taps, draw = (Tap("hidden", 0), Tap("ffn", 1)), torch.Generator().manual_seed(1)
+    queries = {tap: torch.randn(40, generator=draw).to(device) for tap in taps}
+    found, plain = (kind(Queries(queries), mask) for kind in KINDS)
+    found.see(taps[0], turned)
+    plain.see(taps[0], hidden)
+    for tap in taps:
+        torch.testing.assert_close(found.pool([tap], [hidden])[0], plain.pool([tap], [hidden])[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 def test_a_state_that_is_no_number_is_seen_under_token_weights(device, wrong):
     states, mask = batch(device, torch.float32, 8)
