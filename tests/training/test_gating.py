@@ -101,7 +101,7 @@ def test_pruning_predicts_as_before_and_cuts_the_backbone(model, tmp_path):
 
 def test_single_neurons_are_pruned(model):
     add_gates(model)
-    close(model, {str(tap) for tap, _ in model.spin.groups}, but=[1, 4])
+    close(model, {str(part.tap) for part in model.spin.groups}, but=[1, 4])
     before = model.spin.feature_groups()
     expected = logits(model)
     assert prune_gates(model) == 2
