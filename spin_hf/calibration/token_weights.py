@@ -148,7 +148,7 @@ class _Weighted(nn.Module):
             self.stacks, self.scorers(), self.weight, self.mean, self.scale, strict=True
         ):
             both = torch.cat([scorer, weight / (scale * self.size)], 1)
-            found = torch.baddbmm(-(mean @ both.mT), states.load(taps, own, both.device), both.mT)
+            found: Tensor = _Product.apply(-(mean @ both.mT), states.load(taps, own, both.device), both)
             found = step.padded(found)  # (taps, texts, tokens, 1 + columns)
             attention = found[..., 0].masked_fill(~step.mask, -torch.inf).softmax(2)
             total = total + (attention[..., None, :] @ found[..., 1:]).sum(0)[:, 0]
@@ -157,6 +157,20 @@ class _Weighted(nn.Module):
     def penalty(self) -> Tensor:
         parts = [weight.square().sum() / _VARIANCE for weight in self.weight]
         return torch.stack([*parts, *(query.square().sum() for query in self.query)]).sum()
+
+
+class _Product(torch.autograd.Function):
+    """``shift + states @ vectors.mT``. Its gradient reads the states as they lie in memory, that of torch across."""
+
+    @staticmethod
+    def forward(ctx: Any, shift: Tensor, states: Tensor, vectors: Tensor) -> Tensor:
+        ctx.save_for_backward(states)
+        return torch.baddbmm(shift, states, vectors.mT)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
+        (states,) = ctx.saved_tensors
+        return gradient.sum(1, keepdim=True), None, gradient.mT @ states
 
 
 def _mean_and_scale(values: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

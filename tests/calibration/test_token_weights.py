@@ -63,18 +63,26 @@ def test_what_learns_weighs_each_tap_by_its_own_query_whatever_its_width(tmp_pat
     model = token_weights._Weighted(states, torch.tensor([0.5, -0.5]))
     for part in model.parameters():
         part.data.add_(torch.randn(part.shape, generator=draw))
-    own = slice(0, 3)
-    found = model(states, own, states.step(own, torch.device("cpu")))
-    every, queries = 4 + 6 + 4, model.queries()
+    every, scorers = 4 + 6 + 4, model.scorers()
+    alone = []
     for text in range(3):
-        expected = model.bias.detach().clone()
+        expected = model.bias
         for stack, (names, values) in enumerate(stacks.items()):
             for i, tap in enumerate(names):
                 mine = states.of(tap)[starts[text] : starts[text + 1]].float()
-                weights = (mine @ queries[tap]).softmax(0)
+                weights = (mine @ scorers[stack][i, 0]).softmax(0)
                 standard = (mine - values[i].float().mean(0)) / values[i].float().std(0, correction=0)
-                expected += model.weight[stack][i] @ (weights @ standard) / every**0.5
-        torch.testing.assert_close(found[text], expected, rtol=1e-4, atol=1e-4)
+                expected = expected + model.weight[stack][i] @ (weights @ standard) / every**0.5
+                torch.testing.assert_close(model.queries()[tap], scorers[stack][i, 0].detach())
+        alone.append(expected)
+    gradients = torch.autograd.grad(torch.stack(alone)[1:].square().sum(), list(model.parameters()))
+    for own in (slice(0, 3), slice(1, 3)):
+        found = model(states, own, states.step(own, torch.device("cpu")))
+        torch.testing.assert_close(found, torch.stack(alone)[own], rtol=1e-4, atol=1e-4)
+    for value, expected in zip(
+        torch.autograd.grad(found.square().sum(), list(model.parameters())), gradients, strict=True
+    ):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_calibration_finds_the_word_that_counts(tmp_path):
