@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -164,7 +165,7 @@ def show(path: Path) -> str:
         rate = f"{mine[0]['rate']:g}" if mine[0]["rate"] else ""
         lines.append(
             f"| {model} | {dataset} | {method} | {test} | {validation} | {seconds:.0f} | {mine[0]['parameters']:,} "
-            f"| {rate} | {mine[0]['note']} |"
+            f"| {rate} | {together([row['note'] for row in mine])} |"
         )
     few = [row for row in rows if row["per_class"] is not None]
     sizes = sorted({row["per_class"] for row in few})
@@ -181,6 +182,14 @@ def show(path: Path) -> str:
             cells.append(spread(found) if found else "")
         lines.append(f"| {model} | {dataset} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def together(notes: list[str]) -> str:
+    """One note of all seeds, whose numbers go from the least to the largest."""
+    columns = zip(*(re.findall(r"\d+", note) for note in notes), strict=True)
+    ends = [(min(column, key=int), max(column, key=int)) for column in columns]
+    parts = iter(least if least == most else f"{least} to {most}" for least, most in ends)
+    return re.sub(r"\d+", lambda _: next(parts), notes[0])
 
 
 def spread(values: list[float]) -> str:
