@@ -185,11 +185,14 @@ def show(path: Path) -> str:
 
 
 def together(notes: list[str]) -> str:
-    """One note of all seeds, whose numbers go from the least to the largest."""
-    columns = zip(*(re.findall(r"\d+", note) for note in notes), strict=True)
-    ends = [(min(column, key=int), max(column, key=int)) for column in columns]
+    """One note of all seeds, whose numbers go from the least to the largest where nothing else differs."""
+    number = r"\d+(?:\.\d+)?"
+    if len({re.sub(number, "", note) for note in notes}) > 1:
+        return "; ".join(dict.fromkeys(notes))
+    columns = zip(*(re.findall(number, note) for note in notes), strict=True)
+    ends = [(min(column, key=float), max(column, key=float)) for column in columns]
     parts = iter(least if least == most else f"{least} to {most}" for least, most in ends)
-    return re.sub(r"\d+", lambda _: next(parts), notes[0])
+    return re.sub(number, lambda _: next(parts), notes[0])
 
 
 def spread(values: list[float]) -> str:

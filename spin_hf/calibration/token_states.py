@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -117,7 +117,6 @@ class States:
     trained: int
     starts: np.ndarray
     in_files: bool
-    _room: dict[tuple[Tap, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def of(self, tap: Tap) -> Tensor:
         """``(tokens, width)`` of a tap, a view: nothing but the stacks holds the states."""
@@ -185,19 +184,9 @@ class States:
                 begin = place
         return [*found, slice(begin, last)]
 
-    def load(self, taps: tuple[Tap, ...], own: slice, device: torch.device) -> Tensor:
-        """States of the tokens of some texts, one text after another: ``(taps, tokens, width)`` of a stack, float32.
-
-        On a CPU they take the place of those that were loaded before: most of the time would go to memory that the
-        system hands out anew, page by page.
-        """
-        kept = self.stacks[taps][:, self.starts[own.start] : self.starts[own.stop]]
-        if device.type != "cpu":
-            return kept.to(device).float()
-        room = self._room.get(taps)
-        if room is None or len(room) < kept.numel():
-            room = self._room[taps] = torch.empty(kept.numel())
-        return room[: kept.numel()].view(kept.shape).copy_(kept)
+    def of_texts(self, taps: tuple[Tap, ...], own: slice) -> Tensor:
+        """``(taps, tokens, width)`` of a stack, the tokens of some texts one text after another: a view too."""
+        return self.stacks[taps][:, self.starts[own.start] : self.starts[own.stop]]
 
     def step(self, own: slice, device: torch.device) -> Step:
         return Step.of(np.diff(self.starts[own.start : own.stop + 1]), device)

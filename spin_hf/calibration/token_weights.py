@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import source
+from ..modes import full_precision
 from ..spin_model import SpinModel
 from ..taps import Tap, model_device
 from .errors import DeviceMemoryError
@@ -61,7 +62,8 @@ def learn_queries(
             with States.reading(model, widths, texts, rows, folder, in_files=in_files) as states:
                 advance(int(not in_files))  # told already where they are read once more
                 try:
-                    learned = _train(states, texts.data, device, seed, advance)
+                    with full_precision(device):
+                        learned = _train(states, texts.data, device, seed, advance)
                 except (RuntimeError, MemoryError) as error:
                     if is_out_of_memory(error):
                         raise _no_room(states, device, error) from error
@@ -118,6 +120,7 @@ class _Weighted(nn.Module):
     def __init__(self, states: States, bias: Tensor) -> None:
         super().__init__()
         self.stacks = list(states.stacks)
+        self._room = [torch.empty(0) for _ in self.stacks]  # of a step's states in float32, on a CPU
         self.mean, self.scale = [], []
         for stack in states.stacks.values():
             found = [_mean_and_scale(values, bias.device) for values in stack]
@@ -144,15 +147,29 @@ class _Weighted(nn.Module):
     def forward(self, states: States, own: slice, step: Step) -> Tensor:
         """Scores ``(texts, columns)``."""
         total: Tensor = self.bias
-        for taps, scorer, weight, mean, scale in zip(
-            self.stacks, self.scorers(), self.weight, self.mean, self.scale, strict=True
+        for number, (taps, scorer, weight, mean, scale) in enumerate(
+            zip(self.stacks, self.scorers(), self.weight, self.mean, self.scale, strict=True)
         ):
             both = torch.cat([scorer, weight / (scale * self.size)], 1)
-            found: Tensor = _Product.apply(-(mean @ both.mT), states.load(taps, own, both.device), both)
+            loaded = self._loaded(number, states.of_texts(taps, own))
+            found: Tensor = _Product.apply(-(mean @ both.mT), loaded, both)
             found = step.padded(found)  # (taps, texts, tokens, 1 + columns)
             attention = found[..., 0].masked_fill(~step.mask, -torch.inf).softmax(2)
             total = total + (attention[..., None, :] @ found[..., 1:]).sum(0)[:, 0]
         return total
+
+    def _loaded(self, number: int, kept: Tensor) -> Tensor:
+        """States of a stack in float32, on the device.
+
+        On a CPU they take the place of those of the last forward, since most of the time would go to memory that the
+        system hands out anew, page by page. So a forward's backward comes before the next forward, or raises an error.
+        """
+        device = self.bias.device
+        if device.type != "cpu":
+            return kept.to(device).float()
+        if len(self._room[number]) < kept.numel():
+            self._room[number] = torch.empty(kept.numel(), dtype=torch.float32, device=device)
+        return self._room[number][: kept.numel()].view(kept.shape).copy_(kept)
 
     def penalty(self) -> Tensor:
         parts = [weight.square().sum() / _VARIANCE for weight in self.weight]
@@ -160,7 +177,9 @@ class _Weighted(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """``shift + states @ vectors.mT``. Its gradient reads the states as they lie in memory, that of torch across."""
+    """``shift + states @ vectors.mT``, whose gradient reads the states row by row, as they lie in memory. That of
+    ``torch.baddbmm`` reads them column by column, which takes a CPU twice as long.
+    """
 
     @staticmethod
     def forward(ctx: Any, shift: Tensor, states: Tensor, vectors: Tensor) -> Tensor:

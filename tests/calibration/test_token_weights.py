@@ -46,10 +46,10 @@ def one_word_counts(count, seed=0):
     return {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
 
 
-def test_what_learns_weighs_each_tap_by_its_own_query_whatever_its_width(tmp_path):
+def what_learns(tmp_path):
+    """Of three texts, in a stack of two taps and one of another width: states and the model that learns from them."""
     taps, draw = [Tap("hidden", block) for block in range(3)], torch.Generator().manual_seed(0)
-    lengths = [5, 1, 3]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    starts = np.cumsum([0, 5, 1, 3])
     stacks = {
         (taps[0], taps[2]): 3 * torch.randn(2, 9, 4, generator=draw).half() + 1,
         (taps[1],): torch.randn(1, 9, 6, generator=draw).half(),
@@ -63,26 +63,51 @@ def test_what_learns_weighs_each_tap_by_its_own_query_whatever_its_width(tmp_pat
     model = token_weights._Weighted(states, torch.tensor([0.5, -0.5]))
     for part in model.parameters():
         part.data.add_(torch.randn(part.shape, generator=draw))
-    every, scorers = 4 + 6 + 4, model.scorers()
-    alone = []
-    for text in range(3):
-        expected = model.bias
-        for stack, (names, values) in enumerate(stacks.items()):
-            for i, tap in enumerate(names):
-                mine = states.of(tap)[starts[text] : starts[text + 1]].float()
-                weights = (mine @ scorers[stack][i, 0]).softmax(0)
-                standard = (mine - values[i].float().mean(0)) / values[i].float().std(0, correction=0)
-                expected = expected + model.weight[stack][i] @ (weights @ standard) / every**0.5
-                torch.testing.assert_close(model.queries()[tap], scorers[stack][i, 0].detach())
-        alone.append(expected)
-    gradients = torch.autograd.grad(torch.stack(alone)[1:].square().sum(), list(model.parameters()))
-    for own in (slice(0, 3), slice(1, 3)):
-        found = model(states, own, states.step(own, torch.device("cpu")))
-        torch.testing.assert_close(found, torch.stack(alone)[own], rtol=1e-4, atol=1e-4)
-    for value, expected in zip(
-        torch.autograd.grad(found.square().sum(), list(model.parameters())), gradients, strict=True
-    ):
-        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+    return states, model
+
+
+def scores_of(states, model, own):
+    return model(states, own, states.step(own, torch.device("cpu")))
+
+
+def told_one_by_one(states, model, text):
+    """The scores of a text by torch's operations alone, tap by tap."""
+    found, own = model.bias, slice(states.starts[text], states.starts[text + 1])
+    every = sum(stack.shape[0] * stack.shape[2] for stack in states.stacks.values())
+    for scorer, weight, values in zip(model.scorers(), model.weight, states.stacks.values(), strict=True):
+        for i, mine in enumerate(values[:, own].float()):
+            tokens = (mine @ scorer[i, 0]).softmax(0)
+            standard = (mine - values[i].float().mean(0)) / values[i].float().std(0, correction=0)
+            found = found + weight[i] @ (tokens @ standard) / every**0.5
+    return found
+
+
+def test_what_learns_weighs_each_tap_by_its_own_query_whatever_its_width(tmp_path):
+    states, model = what_learns(tmp_path)
+    queries = model.queries()
+    for taps, scorer in zip(states.stacks, model.scorers(), strict=True):
+        for i, tap in enumerate(taps):
+            torch.testing.assert_close(queries[tap], scorer[i, 0].detach())
+    expected = torch.stack([told_one_by_one(states, model, text) for text in range(3)])
+    for own in (slice(1, 3), slice(0, 3), slice(0, 1)):  # each loads its states where the last ones were
+        torch.testing.assert_close(scores_of(states, model, own), expected[own], rtol=1e-4, atol=1e-4)
+
+
+def test_it_learns_by_the_gradients_of_torch(tmp_path):
+    states, model = what_learns(tmp_path)
+    parts = list(model.parameters())
+    expected = torch.stack([told_one_by_one(states, model, text) for text in (1, 2)]).square().sum()
+    found = scores_of(states, model, slice(1, 3)).square().sum()
+    for mine, theirs in zip(torch.autograd.grad(found, parts), torch.autograd.grad(expected, parts), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_forward_whose_states_are_gone_has_no_wrong_gradient(tmp_path):
+    states, model = what_learns(tmp_path)
+    first = scores_of(states, model, slice(0, 1)).sum()
+    scores_of(states, model, slice(1, 2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.backward()
 
 
 def test_calibration_finds_the_word_that_counts(tmp_path):

@@ -78,6 +78,28 @@ def test_adaptation_table(run, tmp_path):
     assert numbers(few[0].split(" | ")[3])
 
 
+def test_adaptation_table_tells_seeds_together(run, tmp_path):
+    row = {
+        "model": "tiny",
+        "set": "sst2",
+        "per_class": None,
+        "method": "SPIN",
+        "rate": 0.0,
+        "seconds": 3,
+        "parameters": 0,
+    }
+    seeds = ((80.0, "90 features, 4 blocks"), (81.0, "1000 features, 4 blocks"), (82.0, "7 features, 12 blocks"))
+    other = {**row, "method": "SetFit", "validation": 1.5, "test": 2.5}
+    rows = [{**row, "seed": i, "validation": 70.0, "test": test, "note": note} for i, (test, note) in enumerate(seeds)]
+    rows += [{**other, "seed": i, "note": note} for i, note in enumerate(("0.5 epochs", "none", "0.5 epochs"))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    shown = run("adaptation_table.py", "--show", "--results", tmp_path / "rows.jsonl").splitlines()
+    assert (
+        shown[2] == "| tiny | sst2 | SPIN | 81.0 ± 1.0 | 70.0 ± 0.0 | 3 | 0 |  | 7 to 1000 features, 4 to 12 blocks |"
+    )
+    assert shown[3].endswith("| 0.5 epochs; none |")
+
+
 def test_accuracy_table(run, tmp_path):
     path = tmp_path / "rows.jsonl"
     run("accuracy_table.py", "--sets", "sst2", "--methods", "tfidf", "--results", path, data="sst2")
