@@ -6,7 +6,7 @@ and the medians are compared. The features of the two must agree. The default of
 each tap, in ``TMPDIR``.
 
     python examples/benchmarks/extraction.py --shape llama-1b gpt2-xl            # on a GPU
-    python examples/benchmarks/extraction.py --shape tiny --dtype float32 --device cpu
+    python examples/benchmarks/extraction.py --shape minilm --dtype float32 --device cpu --batch 32 --tokens 128
 """
 
 from __future__ import annotations

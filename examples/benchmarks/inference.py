@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification
 
 from spin_hf import SpinForSequenceClassification
-from spin_hf.demo import backbone_folder
 
 
 class _Operations(TorchDispatchMode):
@@ -51,11 +50,10 @@ def classifiers(arguments: argparse.Namespace):
             SpinForSequenceClassification.from_pretrained(folder, dtype=dtype).to(arguments.device).eval(),
         )
     for shape in arguments.shape:
-        source = backbone_folder() if shape == "minilm" else make(shape, dtype=dtype, device=arguments.device)
-        model = SpinForSequenceClassification.from_backbone(source, **({"dtype": dtype} if shape == "minilm" else {}))
+        model = SpinForSequenceClassification.from_backbone(make(shape, dtype=dtype, device=arguments.device))
         depth = arguments.depth or model.spin.depth // 2
         options = {"poolings": arguments.poolings, "kinds": arguments.kinds, "count": arguments.count}
-        yield shape, make_classifier(model.to(arguments.device), depth, keep=depth, **options)
+        yield shape, make_classifier(model, depth, keep=depth, **options)
 
 
 def native(model: SpinForSequenceClassification, device: str):
@@ -148,7 +146,7 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = results.parser(__doc__)
     parser.add_argument("--model", nargs="*", default=[], help="folders of calibrated classifiers")
-    parser.add_argument("--shape", nargs="*", choices=["minilm", *SHAPES], default=[])
+    parser.add_argument("--shape", nargs="*", choices=SHAPES, default=[])
     parser.add_argument("--depth", type=int, help="blocks of a shape to keep; half of them by default")
     parser.add_argument("--count", type=int, default=50, help="neurons of each tap and pooling of a shape")
     parser.add_argument("--poolings", nargs="+", default=["max", "mean"], help="of a shape")

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoModel, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig, PreTrainedModel
 
 from spin_hf import SpinForSequenceClassification
 from spin_hf.attention import ATTENTION
@@ -26,6 +26,7 @@ SHAPES = {
         max_position_embeddings=4096,
     ),
     "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
+    "minilm": BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12),
     "tiny": LlamaConfig(
         vocab_size=1000,
         hidden_size=64,

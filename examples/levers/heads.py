@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,15 +134,19 @@ class Selector:
         self.prepare(places, fold)
         return torch.cat([self._kept[name, fold][0] for name in places], 1).float()
 
-    def fit(self, places: dict[str, Features], *, dense: dict[str, Features] | None = None) -> Outcome:
-        """A head on the salient neurons of these places, and on all of the dense ones.
+    def fit(self, places: dict[str, Features], **options: Any) -> Outcome:
+        """A head on what :meth:`matrices` makes of these places."""
+        return head(self.folds, self.matrices(places, **options))
 
-        Both are taken as they come: dense places hold a few features that need no selection.
+    def matrices(
+        self, places: dict[str, Features], *, dense: dict[str, Features] | None = None, weighted: bool = False
+    ) -> list[Tensor]:
+        """The salient neurons of these places, and all of the dense ones, standardised, for each fold.
+
+        Args:
+            dense: a few features that need no selection.
+            weighted: by how much each place is worth, see :meth:`worth`.
         """
-        return head(self.folds, self.matrices(places, dense=dense))
-
-    def matrices(self, places: dict[str, Features], *, dense: dict[str, Features] | None = None) -> list[Tensor]:
-        """What :meth:`fit` fits its heads on."""
         matrices = []
         for fold in range(FOLDS):
             self.prepare(places, fold)
@@ -149,12 +154,31 @@ class Selector:
             entry = torch.cat([each[1] for each in found])
             order = entry.argsort(stable=True)[:MOST].sort().values
             x = torch.cat([each[0] for each in found], 1)[:, order].float()
+            if weighted:
+                worth = torch.tensor([self.worth(name, fold) for name in places])
+                own = worth.repeat_interleave(torch.tensor([each[0].shape[1] for each in found]))[order]
+                x *= own / own.square().mean().sqrt()
             rows = self.folds.parts[fold][0]
             for features in (dense or {}).values():
                 own = features(fold).float()
                 x = torch.cat([x, (own - own[rows].mean(0)) / own[rows].std(0).clamp_min(1e-6)], 1)
             matrices.append(x)
         return matrices
+
+    def worth(self, name: str, fold: int) -> float:
+        """The share of the loss without any feature that a head on a place's neurons takes off, on a fifth of the
+        fold's rows that it was not fitted on; its square root, since a prior on weights goes by the square.
+        """
+        folds, x = self.folds, self._kept[name, fold][0].float()
+        if not x.shape[1]:
+            return 0.0
+        rows = np.random.default_rng(fold).permutation(folds.parts[fold][0])
+        other, own = np.split(rows, [len(rows) // 5])
+        nothing = ridge(folds, torch.zeros(len(x), 1), own, other)
+        least, most = (
+            min(folds.loss(z.to(folds.device), other) for z in zs) for zs in (ridge(folds, x, own, other), nothing)
+        )
+        return max(0.0, 1 - least / most) ** 0.5
 
 
 def head(folds: Folds, matrices: Sequence[Tensor], *, share: float = 1.0) -> Outcome:

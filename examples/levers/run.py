@@ -299,6 +299,8 @@ LEVERS: dict[str, Callable[[Trial], Outcome]] = {
     "attention only, average": lambda t: average(t, "attention only", t.attended()),
     "attention only, all hidden features": lambda t: all_features(t, t.attended(ffn=None)),
     "attention only, average with all hidden": lambda t: average(t, "attention only", t.attended(ffn=None)),
+    "layers weighted": lambda t: t.selector.fit(t.places(), weighted=True),
+    "attention only, layers weighted": lambda t: t.selector.fit(t.attended(), weighted=True),
     "stacking": stacking,
     "fewer rows": fewer_rows,
     "last token": lambda t: t.selector.fit(t.last(PLAIN)),

@@ -14,6 +14,7 @@ LEVERS = [
     "attention only",
     "directions",
     "stacking",
+    "attention only, layers weighted",
     "stability selection",
     "joint probe",
     "group lasso",
