@@ -111,6 +111,11 @@ def command(words: Sequence[str]) -> str:
     return " ".join(["python", f"examples/benchmarks/{Path(script).name}", *(w for w in kept if w != "--record")])
 
 
+def device(name: str) -> str:
+    """What computes there, for the title of a section: another machine's does not take its place then."""
+    return torch.cuda.get_device_name(name) if name.startswith("cuda") else _processor()
+
+
 def machine() -> str:
     """Processor, GPU, versions and date."""
     parts = [f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]

@@ -228,8 +228,7 @@ def main() -> None:
     names = " ".join(given.shape or [given.model.name if given.model else "MiniLM", "on", *given.set])
     found = (made(each, given) if given.shape else real(each, given) for each in given.shape or given.set)
     rows = ({**row, "dtype": given.dtype, "batch tokens": given.batch_tokens} for row in found)
-    where = torch.cuda.get_device_name(given.device) if cuda else given.device
-    results.report(given.record, f"Whole step: {names}, {where}", rows)
+    results.report(given.record, f"Whole step: {names}, {results.device(given.device)}", rows)
 
 
 if __name__ == "__main__":
