@@ -187,7 +187,7 @@ def show(path: Path) -> str:
 def together(notes: list[str]) -> str:
     """One note of all seeds, whose numbers go from the least to the largest where nothing else differs."""
     number = r"\d+(?:\.\d+)?"
-    if len({re.sub(number, "", note) for note in notes}) > 1:
+    if len({re.sub(number, "#", note) for note in notes}) > 1:
         return "; ".join(dict.fromkeys(notes))
     columns = zip(*(re.findall(number, note) for note in notes), strict=True)
     ends = [(min(column, key=float), max(column, key=float)) for column in columns]

@@ -112,7 +112,7 @@ def main() -> None:
     for name, count in (("sst2", given.sentences), ("imdb", given.reviews)):
         texts = [row["text"] for row in draw(read_split(given.data, name, "train"), count)]
         rows.append(measure(name, texts, given))
-    results.report(given.record, f"Reading against encode of sentence-transformers, {given.device}", rows)
+    results.report(given.record, "Reading against encode of sentence-transformers", rows, on=given.device)
 
 
 if __name__ == "__main__":

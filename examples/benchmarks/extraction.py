@@ -1,9 +1,9 @@
 """Reading all taps against the bare forward: what pooling inside the hooks adds to it.
 
 Random weights of a real shape, one batch; bare forward, pooling in plain torch and as a calibration pools take turns,
-and the medians are compared. The features of the two must agree. The default of a calibration is ``attention``.
-``extract`` is a calibration's whole step: ``--batches`` of these one after another, checked and written to a file for
-each tap, in ``TMPDIR``.
+and the medians are compared. The features of the two must agree. The default of a calibration is ``attention``. On a
+CPU the seconds are those of the processor; give ``OMP_NUM_THREADS=1``. ``extract`` is a calibration's whole step:
+``--batches`` of these one after another, checked and written to a file for each tap, in ``TMPDIR``.
 
     python examples/benchmarks/extraction.py --shape llama-1b gpt2-xl            # on a GPU
     python examples/benchmarks/extraction.py --shape minilm --dtype float32 --device cpu --batch 32 --tokens 128
@@ -65,7 +65,7 @@ def measure(shape: str, poolings: list[str], arguments: argparse.Namespace) -> d
         found[plain] = found.pop(one_go)
 
     # On the CPU what it takes of it, which other programs that run there disturb less than the time on the wall.
-    clock = time.perf_counter if arguments.device == "cuda" else time.process_time
+    clock = time.perf_counter if arguments.device.startswith("cuda") else time.process_time
     variants = {"bare": bare, "plain": plain, "one pass": one_go}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     with torch.no_grad():
@@ -86,7 +86,7 @@ def measure(shape: str, poolings: list[str], arguments: argparse.Namespace) -> d
         for a, b in zip(found[one_go][tap], found[plain][tap], strict=True)
     )
     return {
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device,
+        "device": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else arguments.device,
         "torch": torch.__version__,
         "shape": shape,
         "dtype": arguments.dtype,
@@ -126,7 +126,7 @@ def extracting(
 
 
 def _wait(device: str) -> None:
-    if device == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
@@ -144,7 +144,7 @@ def main() -> None:
     every = arguments.poolings or [[ATTENTION], ["mean", "max"]]
     rows = [measure(shape, poolings, arguments) for poolings in every for shape in arguments.shape]
     only = "".join(f", {' and '.join(poolings)}" for poolings in arguments.poolings or [])
-    results.report(arguments.record, f"Extraction: {' '.join(arguments.shape)}{only}, {arguments.device}", rows)
+    results.report(arguments.record, f"Extraction: {' '.join(arguments.shape)}{only}", rows, on=arguments.device)
 
 
 if __name__ == "__main__":

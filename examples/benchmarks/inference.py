@@ -90,7 +90,7 @@ def compare(ours, theirs, *, device: str, seconds: float, least: int = 20) -> di
         return clock() - began
 
     # On the CPU what both take of it, which other programs that run there disturb less than the time on the wall.
-    clock = time.perf_counter if device == "cuda" else time.process_time
+    clock = time.perf_counter if device.startswith("cuda") else time.process_time
 
     for _ in range(5):
         timed(ours), timed(theirs)
@@ -113,7 +113,7 @@ def compare(ours, theirs, *, device: str, seconds: float, least: int = 20) -> di
 
 
 def _wait(device: str) -> None:
-    if device == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
@@ -161,8 +161,8 @@ def main() -> None:
     if not arguments.model and not arguments.shape:
         arguments.shape = ["llama-1b", "gpt2-xl"] if on_gpu else ["minilm", "tiny"]
     names = " ".join([*(folder.rstrip("/").rpartition("/")[2] for folder in arguments.model), *arguments.shape])
-    pooled = "token weights, " if arguments.shape and "attention" in arguments.poolings else ""
-    results.report(arguments.record, f"Inference: {names}, {pooled}{arguments.device}", measure(arguments))
+    pooled = ", token weights" if arguments.shape and "attention" in arguments.poolings else ""
+    results.report(arguments.record, f"Inference: {names}{pooled}", measure(arguments), on=arguments.device)
 
 
 if __name__ == "__main__":

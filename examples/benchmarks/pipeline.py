@@ -78,7 +78,7 @@ def main() -> None:
         }
         for name, own in seconds.items()
     ]
-    results.report(arguments.record, f"Pipeline: mixed lengths, {arguments.device}", found)
+    results.report(arguments.record, "Pipeline: mixed lengths", found, on=arguments.device)
 
 
 if __name__ == "__main__":

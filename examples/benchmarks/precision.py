@@ -66,7 +66,7 @@ def main() -> None:
                 "seconds": {stage: round(value, 1) for stage, value in result.seconds.items()},
             }
         )
-    results.report(arguments.record, f"Precision: {Path(arguments.model).name}, {arguments.device}", rows)
+    results.report(arguments.record, f"Precision: {Path(arguments.model).name}", rows, on=arguments.device)
 
 
 if __name__ == "__main__":

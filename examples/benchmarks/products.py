@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    results.report(arguments.record, f"Few vectors at once, {arguments.device}", rows(arguments))
+    results.report(arguments.record, "Few vectors at once", rows(arguments), on=arguments.device)
 
 
 if __name__ == "__main__":

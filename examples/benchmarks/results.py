@@ -42,11 +42,16 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def report(path: Path | None, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+def report(path: Path | None, name: str, rows: Iterable[Mapping[str, Any]], *, on: str | None = None) -> None:
     """Print each row as a line of JSON once it is there, and :func:`write_section` of all so far.
 
     Until the last is there, the section says that some are missing.
+
+    Args:
+        on: the device, whose name ends that of the section: another machine's figures do not take its place.
     """
+    if on is not None:
+        name += f", {torch.cuda.get_device_name(on) if on.startswith('cuda') else _processor()}"
     found: list[Mapping[str, Any]] = []
     for row in rows:
         found.append(row)
@@ -109,11 +114,6 @@ def command(words: Sequence[str]) -> str:
         else:
             kept.append(f"PATH/TO/{Path(word).name}" if os.path.isabs(word) else shlex.quote(word))
     return " ".join(["python", f"examples/benchmarks/{Path(script).name}", *(w for w in kept if w != "--record")])
-
-
-def device(name: str) -> str:
-    """What computes there, for the title of a section: another machine's does not take its place then."""
-    return torch.cuda.get_device_name(name) if name.startswith("cuda") else _processor()
 
 
 def machine() -> str:

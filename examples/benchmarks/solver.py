@@ -368,7 +368,7 @@ def main() -> None:
             if case.about["loss"] != "one-vs-rest":
                 groups.setdefault((case.about["set"], case.about["d"]), []).append(case)
         rows = [schedule(group, arguments.jobs) for group in groups.values()]
-        results.report(arguments.record, f"Solver, the paper's schedule: {name}, {arguments.device}", rows)
+        results.report(arguments.record, f"Solver, the paper's schedule: {name}", rows, on=arguments.device)
 
 
 if __name__ == "__main__":

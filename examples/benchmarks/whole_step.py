@@ -228,7 +228,7 @@ def main() -> None:
     names = " ".join(given.shape or [given.model.name if given.model else "MiniLM", "on", *given.set])
     found = (made(each, given) if given.shape else real(each, given) for each in given.shape or given.set)
     rows = ({**row, "dtype": given.dtype, "batch tokens": given.batch_tokens} for row in found)
-    results.report(given.record, f"Whole step: {names}, {results.device(given.device)}", rows)
+    results.report(given.record, f"Whole step: {names}", rows, on=given.device)
 
 
 if __name__ == "__main__":

@@ -156,8 +156,9 @@ class Selector:
             x = torch.cat([each[0] for each in found], 1)[:, order].float()
             if weighted:
                 worth = torch.tensor([self.worth(name, fold) for name in places])
-                own = worth.repeat_interleave(torch.tensor([each[0].shape[1] for each in found]))[order]
-                x *= own / own.square().mean().sqrt()
+                scale = worth.repeat_interleave(torch.tensor([each[0].shape[1] for each in found]))[order]
+                if scale.any():
+                    x *= scale / scale.square().mean().sqrt()
             rows = self.folds.parts[fold][0]
             for features in (dense or {}).values():
                 own = features(fold).float()
@@ -167,7 +168,8 @@ class Selector:
 
     def worth(self, name: str, fold: int) -> float:
         """The share of the loss without any feature that a head on a place's neurons takes off, on a fifth of the
-        fold's rows that it was not fitted on; its square root, since a prior on weights goes by the square.
+        fold's rows that it was not fitted on, though the neurons and its C were chosen with them; its square root,
+        since a prior on weights goes by the square.
         """
         folds, x = self.folds, self._kept[name, fold][0].float()
         if not x.shape[1]:

@@ -18,6 +18,7 @@ from ..attention import ATTENTION
 from ..depth import nearest_depth
 from ..features import FeatureGroup
 from ..modeling_spin import SpinForSequenceClassification
+from ..modes import full_precision
 from ..taps import Tap, model_device, tap_width
 from .cache import key_of, known_batching, open_store
 from .errors import CalibrationError, demand_between, demand_whole
@@ -87,7 +88,7 @@ def spin_calibrate(
 
     Under ``accelerate launch`` every process makes this same call, the model on a device of its own
     (``model.to(accelerate.PartialState().device)``); they share the work, and all end with the model and the result
-    that one process would have made.
+    that one process would have made. Autocast has no effect here: a backbone is read in the dtype it was loaded with.
 
     Args:
         model: from ``SpinForSequenceClassification.from_backbone``.
@@ -211,7 +212,11 @@ def spin_calibrate(
     data = Labelled(task, labels, task.targets(labels), row_weights, prepared.folds, refit)
     prefer = prefer or ("widest" if data.few and preset == "default" else "score")
     taps = taps_to_read(model, recipe, tried_depths[-1])
-    with shown(progress and ranks.main) as show:
+    with (
+        full_precision(model_device(model)),  # no fingerprint would tell what is read under autocast
+        full_precision(torch.device("cpu")),
+        shown(progress and ranks.main) as show,
+    ):
         with clock("tokenize"):
             encoded = encode(tokenizer, rows.texts, rows.pairs, limit, cut)
         count, paired, evaluated = len(rows), rows.pairs is not None, prepared.evaluated

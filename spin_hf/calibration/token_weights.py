@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import source
-from ..modes import full_precision
 from ..spin_model import SpinModel
 from ..taps import Tap, model_device
 from .errors import DeviceMemoryError
@@ -62,8 +61,7 @@ def learn_queries(
             with States.reading(model, widths, texts, rows, folder, in_files=in_files) as states:
                 advance(int(not in_files))  # told already where they are read once more
                 try:
-                    with full_precision(device):
-                        learned = _train(states, texts.data, device, seed, advance)
+                    learned = _train(states, texts.data, device, seed, advance)
                 except (RuntimeError, MemoryError) as error:
                     if is_out_of_memory(error):
                         raise _no_room(states, device, error) from error

@@ -74,10 +74,11 @@ def told_one_by_one(states, model, text):
     """The scores of a text by torch's operations alone, tap by tap."""
     found, own = model.bias, slice(states.starts[text], states.starts[text + 1])
     every = sum(stack.shape[0] * stack.shape[2] for stack in states.stacks.values())
-    for scorer, weight, values in zip(model.scorers(), model.weight, states.stacks.values(), strict=True):
+    for query, weight, values in zip(model.query, model.weight, states.stacks.values(), strict=True):
         for i, mine in enumerate(values[:, own].float()):
-            tokens = (mine @ scorer[i, 0]).softmax(0)
-            standard = (mine - values[i].float().mean(0)) / values[i].float().std(0, correction=0)
+            scale, width = values[i].float().std(0, correction=0), values.shape[2]
+            tokens = (mine @ (query[i, 0] / (scale * width**0.5))).softmax(0)
+            standard = (mine - values[i].float().mean(0)) / scale
             found = found + weight[i] @ (tokens @ standard) / every**0.5
     return found
 
@@ -108,6 +109,17 @@ def test_a_forward_whose_states_are_gone_has_no_wrong_gradient(tmp_path):
     scores_of(states, model, slice(1, 2))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         first.backward()
+
+
+def test_autocast_changes_nothing():
+    rows = make_sentiment_rows(60)
+    (plain, _, _), found = calibrate(rows, validation_fraction=0.3), None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _, _ = calibrate(rows, validation_fraction=0.3)
+        assert torch.is_autocast_enabled("cpu")
+    mine, theirs = found.state_dict(), plain.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_calibration_finds_the_word_that_counts(tmp_path):
