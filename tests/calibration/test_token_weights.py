@@ -113,7 +113,7 @@ def test_a_forward_whose_states_are_gone_has_no_wrong_gradient(tmp_path):
 
 def test_autocast_changes_nothing():
     rows = make_sentiment_rows(60)
-    (plain, _, _), found = calibrate(rows, validation_fraction=0.3), None
+    plain, _, _ = calibrate(rows, validation_fraction=0.3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, _, _ = calibrate(rows, validation_fraction=0.3)
         assert torch.is_autocast_enabled("cpu")
